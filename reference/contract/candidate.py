@@ -1,0 +1,120 @@
+"""What moeproof judges: a named callable, what it can do, and the numeric class it claims."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from moeproof.reference.contract.errors import check, known
+from moeproof.reference.contract.inputs import Inputs
+from moeproof.reference.contract.modular import FusedMoEPermuteExpertsUnpermute, FusedMoEPrepareAndFinalize
+from moeproof.reference.contract.problem import LAYOUTS, Problem
+from moeproof.reference.contract.stages import TENSORS
+
+ACCUMULATORS = {
+    "fp32": "float32 accumulation, one rounding to the stored dtype (the contract's default)",
+    "tf32": "fp32 operands rounded or truncated to 10 mantissa bits before the product",
+    "dtype": "partial sums stored in the problem's dtype",
+}
+COMBINES = {
+    "fp32": "slots are summed in float32 and rounded once (the contract's default)",
+    "dtype": "each addition is rounded to the output dtype",
+}
+ACTIVATION_CLASSES = {
+    "exact": "float32 arithmetic with correctly rounded or 2-ulp exp, tanh and erf",
+    "approx": "hardware approximations with a relative error of up to 2^-11",
+    "dtype": "each operation of the activation is rounded to the problem's dtype",
+}
+BACKENDS = {
+    "torch": "runs wherever torch runs",
+    "triton": "needs an NVIDIA GPU, or the interpreter",
+    "cuda": "needs an NVIDIA GPU",
+}
+DETERMINISM = {
+    "run": "same bits from run to run",
+    "batch": "same bits whatever else is in the batch",
+    "none": "within the tolerance only",
+}
+
+
+@dataclass(frozen=True)
+class Claims:
+    """The numeric contract of a candidate. Anything weaker than the default is printed in every report."""
+
+    accumulate: str = "fp32"
+    combine: str = "fp32"
+    activation: str = "exact"
+    ties: str = "any"
+    """`any`: a tie may go to either expert. `lowest`: always to the lowest id, as the oracle does."""
+    deterministic: str = "run"
+    total_router: bool = False
+    """NaN and infinite logits give the contract's defined rows (docs/contract.md)."""
+
+    def __post_init__(self) -> None:
+        known("claim accumulate", self.accumulate, ACCUMULATORS)
+        known("claim combine", self.combine, COMBINES)
+        known("claim activation", self.activation, ACTIVATION_CLASSES)
+        known("claim ties", self.ties, ("any", "lowest"))
+        known("claim deterministic", self.deterministic, DETERMINISM)
+
+    def __str__(self) -> str:
+        default = Claims()
+        weaker = [f"{k}={v}" for k, v in vars(self).items() if v != getattr(default, k)]
+        return ", ".join(weaker) or "default"
+
+
+def _supports_all(_: Problem) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Something to judge.
+
+    `run(inputs)` returns the final `out` tensor, or a mapping of canonical tensor names (reference.contract.stages) to
+    tensors in canonical coordinates: the more it shows, the more is judged in isolation. `supports(problem)` returns None,
+    or the reason why this problem is not for it; it is asked before anything runs.
+    """
+
+    name: str
+    run: Callable[[Inputs], torch.Tensor | Mapping[str, torch.Tensor]]
+    shows: tuple[str, ...] = ("out",)
+    supports: Callable[[Problem], str | None] = _supports_all
+    claims: Claims = field(default_factory=Claims)
+    backend: str = "torch"
+
+    def __post_init__(self) -> None:
+        bad = set(self.name) & set(" ,/\n")
+        check(
+            bool(self.name) and not bad,
+            f"candidate name '{self.name}' must be non-empty, without blanks, commas, slashes",
+        )
+        known(f"backend of candidate {self.name}", self.backend, BACKENDS)
+        for name in self.shows:
+            known(f"tensor shown by candidate {self.name}", name, TENSORS)
+        check(bool(self.shows), f"candidate {self.name} shows no tensor, so nothing could be judged")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A seed-style (prepare_finalize, experts) pair as a candidate: run through FusedMoEModularKernel, with taps.
+
+    Both factories get the Inputs, because the seed's signatures have no room for biases and activation parameters:
+    implementations take those in their constructors. The `activation` argument of `apply` is str(problem.act).
+    """
+
+    name: str
+    prepare_finalize: Callable[[Inputs], FusedMoEPrepareAndFinalize]
+    experts: Callable[[Inputs], FusedMoEPermuteExpertsUnpermute]
+    layout: str = "standard"
+    supports: Callable[[Problem], str | None] = _supports_all
+    claims: Claims = field(default_factory=Claims)
+    backend: str = "torch"
+    slots_in_workspace2: bool = False
+    """The activation's output stands in workspace2 as (M * topk, I) in (token, slot) order, so it can be judged too."""
+
+    def __post_init__(self) -> None:
+        known(f"layout of pair {self.name}", self.layout, LAYOUTS)
+        known(f"backend of pair {self.name}", self.backend, BACKENDS)

@@ -1,0 +1,172 @@
+"""The whole layer in float64 with a propagated bound: for candidates that show only some of their tensors.
+
+Each intermediate may or may not have been rounded to the problem's dtype (fused kernels keep float32), so every rounding
+enters as a variance ulp^2 / 12, and every deterministic error A of a stage as a standard deviation A / 7. Variances pass
+through a GEMM by its squared weights and through the activation by its own finite differences. The final allowance is
+7 standard deviations and half an ulp of the output (docs/tolerances.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from moeproof.reference.contract.candidate import Claims
+from moeproof.reference.contract.inputs import Inputs
+from moeproof.reference.contract.problem import Problem
+from moeproof.reference.contract.schemes import Format
+from moeproof.reference.oracle import activations
+from moeproof.reference.oracle.bounds import U32, combine_error
+from moeproof.reference.oracle.combine import routed_sum, slot_weights
+from moeproof.reference.oracle.experts import by_expert, gemm1_exact, gemm2_exact, live_slots, local_ids
+from moeproof.reference.oracle.rounding import ulp
+from moeproof.reference.oracle.value import Trace, stored
+
+Tensor = torch.Tensor
+SIGMAS = 7.0
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A float64 value and the variance of what a correct implementation may have in its place."""
+
+    value: Tensor
+    variance: Tensor
+
+    @property
+    def allowed(self) -> Tensor:
+        return SIGMAS * self.variance.sqrt()
+
+
+def known(x: Tensor) -> Spread:
+    """An input: no doubt about its value."""
+    return Spread(x.double(), torch.zeros_like(x, dtype=torch.float64))
+
+
+def _spread(exact: Tensor, error: Tensor, fmt: Format) -> Spread:
+    """A stage's own contribution: its arithmetic error and one rounding to `fmt`. None where both are proved exact."""
+    variance = (error / SIGMAS) ** 2 + ulp(exact, fmt) ** 2 / 12
+    representable = (error == 0) & (torch.remainder(exact, ulp(exact, fmt)) == 0)
+    return Spread(exact, torch.where(representable, 0.0, variance))
+
+
+def _through_activation(x: Spread, problem: Problem, claims: Claims) -> Spread:
+    act = problem.act
+    value = activations.exact(x.value, act)
+    own = _spread(value, activations.error(x.value, value, act, problem.fmt, claims), problem.fmt)
+    sigma = x.variance.sqrt()
+    if act.gated:
+        # Gate and up vary independently: step each by its own sigma, and take the larger side (clamps have kinks).
+        moved = torch.zeros_like(value)
+        for half in (0, 1):
+            step = torch.zeros_like(sigma)
+            activations.split(step, act)[half].copy_(activations.split(sigma, act)[half])
+            moved += _larger_step(x.value, step, value, problem) ** 2
+    else:
+        moved = _larger_step(x.value, sigma, value, problem) ** 2
+    return Spread(value, own.variance + moved)
+
+
+def _larger_step(x: Tensor, step: Tensor, value: Tensor, problem: Problem) -> Tensor:
+    up = (activations.exact(x + step, problem.act) - value).abs()
+    down = (activations.exact(x - step, problem.act) - value).abs()
+    return torch.maximum(up, down)
+
+
+def _weighted(variance_TKA: Tensor, w_eBA: Tensor, local_TK: Tensor) -> Tensor:
+    """Variance (T, K, B) of rows times their expert's weights: variance times squared weights."""
+    T, K = local_TK.shape
+    out = torch.zeros(T, K, w_eBA.shape[1], dtype=torch.float64, device=w_eBA.device)
+    for expert, tokens, slots in by_expert(local_TK, w_eBA.shape[0]):
+        out[tokens, slots] = variance_TKA[tokens, slots] @ (w_eBA[expert].double() ** 2).T
+    return out
+
+
+def _experts(inputs: Inputs, x: Spread, claims: Claims) -> tuple[Spread, Spread, Spread]:
+    """gate_up, h and y (T, K, .) of input rows x (T, H)."""
+    p, local = inputs.problem, local_ids(inputs)
+    gate_up = _spread(*gemm1_exact(inputs, x.value, claims), p.fmt)
+    if bool(x.variance.any()):
+        rows = x.variance[:, None, :].expand(*local.shape, -1)
+        gate_up = Spread(gate_up.value, gate_up.variance + _weighted(rows, inputs.w1, local))
+    h = _through_activation(gate_up, p, claims)
+    y = _spread(*gemm2_exact(inputs, h.value, claims), p.fmt)
+    return gate_up, h, Spread(y.value, y.variance + _weighted(h.variance, inputs.w2, local))
+
+
+def shared_expert(inputs: Inputs, claims: Claims) -> tuple[Tensor, Tensor] | None:
+    """(value, allowed error), float64 (T, H): the shared expert as a layer of one expert that takes every token."""
+    p = inputs.problem
+    if not p.shared:
+        return None
+    assert inputs.shared_w1 is not None and inputs.shared_w2 is not None
+    T = p.T
+    ids = torch.zeros(T, 1, dtype=torch.int64, device=inputs.device)
+    alone = Inputs(
+        problem=Problem(T=T, H=p.H, I=p.shared, E=1, K=1, dtype=p.dtype, act=p.act),
+        hidden_states=inputs.hidden_states,
+        topk_ids=ids,
+        topk_weights=torch.ones(T, 1, device=inputs.device),
+        w1=inputs.shared_w1[None],
+        w2=inputs.shared_w2[None],
+    )
+    y = _experts(alone, known(inputs.hidden_states), claims)[2]
+    value, variance = y.value[:, 0], y.variance[:, 0]
+    if inputs.shared_gate is not None:
+        x, w = inputs.hidden_states.double(), inputs.shared_gate.double()
+        logit, S = x @ w, x.abs() @ w.abs()
+        gate = torch.sigmoid(logit)[:, None]
+        # The gate's own error: its logit may have been stored in the dtype, and its sigmoid too.
+        slope = (gate * (1 - gate)) * (S * p.H**0.5 * U32 + ulp(logit, p.fmt) / 2)[:, None] + ulp(gate, p.fmt) / 2
+        variance = variance * gate**2 + (value * slope) ** 2 + ulp(value * gate, p.fmt) ** 2 / 12
+        value = value * gate
+    return value, SIGMAS * variance.sqrt()
+
+
+def project(x_TA: Tensor, w_BA: Tensor, fmt: Format) -> Spread:
+    """A dense projection (T, A) -> (T, B) whose result may have been stored in `fmt`."""
+    x, w = x_TA.double(), w_BA.double()
+    y = x @ w.T
+    error = (1.5 * x.shape[1] / 16 + 8) * U32 * (x.abs() @ w.abs().T)
+    return _spread(y, error, fmt)
+
+
+def chain(inputs: Inputs, claims: Claims) -> Trace:
+    """gate_up, h, y and out of the whole layer, each with the bound propagated from the inputs."""
+    p = inputs.problem
+    live = live_slots(inputs)
+    x = known(inputs.hidden_states)
+    if p.latent:
+        assert inputs.latent_down is not None
+        x = project(x.value, inputs.latent_down, p.fmt)
+    gate_up, h, y = _experts(inputs, x, claims)
+    exact, magnitude, quantum = routed_sum(inputs, y.value)
+    w = slot_weights(inputs)[:, :, None]
+    own = combine_error(magnitude, p.slots + 1, quantum, p.fmt, claims)
+    total = Spread(exact, (w**2 * y.variance).sum(dim=1) + (own / SIGMAS) ** 2)
+    total = Spread(total.value * p.scale_on_sum, total.variance * p.scale_on_sum**2)
+    if p.latent:
+        total = _out_of_latent(inputs, total)
+    shared = shared_expert(inputs, claims)
+    if shared is not None:
+        value, allowed = shared
+        total = Spread(total.value + value, total.variance + (allowed / SIGMAS) ** 2 + (2 * U32 * value) ** 2)
+        if claims.combine == "dtype":
+            total = Spread(total.value, total.variance + ulp(total.value, p.fmt) ** 2 / 6)
+    taps = {"gate_up": gate_up, "h": h, "y": y}
+    trace = {name: stored(s.value, s.allowed, p.fmt, live) for name, s in taps.items()}
+    return trace | {"out": stored(total.value, total.allowed, p.fmt)}
+
+
+def _out_of_latent(inputs: Inputs, total: Spread) -> Spread:
+    """RMSNorm (where the model has it) and the up-projection."""
+    p = inputs.problem
+    assert inputs.latent_up is not None
+    value, variance = total.value, total.variance + ulp(total.value, p.fmt) ** 2 / 12
+    if p.latent_norm:
+        assert inputs.latent_norm is not None
+        scale = torch.rsqrt((value**2).mean(dim=1, keepdim=True) + 1e-6) * inputs.latent_norm.double()
+        value, variance = value * scale, variance * scale**2 + ulp(value * scale, p.fmt) ** 2 / 6
+    up = project(value, inputs.latent_up, p.fmt)
+    return Spread(up.value, up.variance + variance @ (inputs.latent_up.double() ** 2).T)

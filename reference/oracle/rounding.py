@@ -1,0 +1,52 @@
+"""Rounding from float64, written out: torch's float64 casts to bf16 and fp8 go through float32 and round twice."""
+
+from __future__ import annotations
+
+import torch
+
+from moeproof.reference.contract.schemes import Format
+
+
+def power_of_two(exponent: torch.Tensor) -> torch.Tensor:
+    """Exact float64 2^exponent for int64 exponents in [-1022, 1023], built from its bits (pow may be off by an ulp)."""
+    return ((exponent + 1023) << 52).view(torch.float64)
+
+
+def exponent_of(x: torch.Tensor) -> torch.Tensor:
+    """floor(log2|x|) of float64 x as int64; -1023 for zero and float64 subnormals, 1024 for inf and NaN."""
+    return ((x.view(torch.int64) >> 52) & 0x7FF) - 1023
+
+
+def ulp(x: torch.Tensor, fmt: Format) -> torch.Tensor:
+    """Distance between neighbours of `fmt` at |x|: 2^(max(floor(log2|x|), emin) - bits). Overflow keeps emax's."""
+    return power_of_two(exponent_of(x.contiguous()).clamp(fmt.emin, fmt.emax) - fmt.bits)
+
+
+def round_to(x: torch.Tensor, fmt: Format) -> torch.Tensor:
+    """float64 x rounded once to the nearest value of `fmt`, ties to even, subnormals kept, overflow to infinity.
+
+    Dividing by a power of two is exact, torch.round is half-to-even (IEEE 754-2019 section 4.3.1).
+    """
+    if fmt.dtype == torch.float64:
+        return x
+    step = ulp(x, fmt)
+    rounded = torch.round(x / step) * step
+    return torch.where(rounded.abs() > fmt.max, torch.copysign(torch.full_like(x, torch.inf), x), rounded)
+
+
+def lowest_bit(x: torch.Tensor) -> float:
+    """Largest power of two that divides every element of float64 x; inf where all are zero, 0 where one is not finite.
+
+    With it a sum can be proved exact: products of multiples of p and q are multiples of p*q, and float32 holds every
+    multiple of p*q up to 2^24 * p*q, so partial sums never round, whatever their order.
+    """
+    flat = x.contiguous().view(torch.int64)
+    mantissa = flat & ((1 << 52) - 1)
+    exponent = (flat >> 52) & 0x7FF
+    whole = torch.where(exponent > 0, mantissa | (1 << 52), mantissa)
+    lowest = (whole & -whole).double()
+    quantum = lowest * power_of_two(exponent.clamp(min=1, max=2045) - 1075 + 52) * 2.0**-52
+    nonzero = torch.where(whole == 0, torch.full_like(quantum, torch.inf), quantum)
+    if bool((exponent == 0x7FF).any()):
+        return 0.0
+    return float(nonzero.min()) if nonzero.numel() else float("inf")
