@@ -34,6 +34,10 @@ def _values(handle: Handle) -> Array:
     return numerics.decode(handle.data, handle.dtype.scalar.name) if _is_narrow(handle) else handle.data
 
 
+def _is_small(handle: Handle) -> bool:
+    return _is_narrow(handle) or handle.data.dtype == np.float16
+
+
 def _handle(values: Array, dtype: Any, toward_zero: bool = False) -> Handle:
     """Numbers converted to a Triton type, with one rounding."""
     if dtype.name in numerics.NARROW or (toward_zero and dtype.name in numerics.FORMATS):
@@ -45,14 +49,18 @@ def _handle(values: Array, dtype: Any, toward_zero: bool = False) -> Handle:
 
 
 def _widely(compute: Callable[..., Handle], *handles: Handle) -> Handle:
-    """Compute on float32 copies of bf16 and fp8 operands and round the result once; other types pass unchanged."""
-    narrow = next((handle.dtype.scalar for handle in handles if _is_narrow(handle)), None)
-    if narrow is not None:
-        handles = tuple(stock.TensorHandle(_values(h), tl.float32) if _is_narrow(h) else h for h in handles)
+    """Compute on float32 copies of 16-bit and 8-bit operands and round the result once; other types pass unchanged."""
+    small = next((handle.dtype.scalar for handle in handles if _is_small(handle)), None)
+    if small is not None:
+        handles = tuple(_widened(handle) for handle in handles)
     result = compute(*handles)
     if result.data.dtype == np.bool_:
         return stock.TensorHandle(result.data, tl.int1)
-    return result if narrow is None else _handle(result.data, narrow)
+    return result if small is None else _handle(result.data, small)
+
+
+def _widened(handle: Handle) -> Handle:
+    return stock.TensorHandle(_values(handle).astype(np.float32), tl.float32) if _is_small(handle) else handle
 
 
 class Builder(stock.InterpreterBuilder):
@@ -196,8 +204,7 @@ class Builder(stock.InterpreterBuilder):
         return stock.TensorHandle(counts.astype(np.int32), tl.int32)
 
     def create_print(self, prefix: str, hex: bool, values: list[Handle], is_signed: Any) -> None:
-        shown = values if hex else [stock.TensorHandle(_values(v), v.dtype.scalar if not _is_narrow(v) else tl.float32) for v in values]
-        super().create_print(prefix, hex, shown, is_signed)
+        super().create_print(prefix, hex, values if hex else [_widened(value) for value in values], is_signed)
 
 
 def _orders(sem: Any) -> bool:
@@ -237,11 +244,11 @@ def _narrow_atomic_add(pointers: Handle, value: Handle, mask: Handle) -> Handle:
 
 
 class Reduce(stock.ReduceOps):
-    """Reductions: bf16 and fp8 in float32 with one rounding; NaN loses against numbers, as in the device's max."""
+    """Reductions: small floats in float32 with one rounding; NaN loses against numbers, as in the device's max."""
 
     def apply_impl(self, input: tuple[Any, ...]) -> Any:
         library = tl.standard
-        values, dtype, how = _values(input[0].handle), input[0].dtype, {"axis": self.axis, "keepdims": self.keep_dims}
+        values, dtype, how = _widened(input[0].handle).data, input[0].dtype, {"axis": self.axis, "keepdims": self.keep_dims}
         if self.combine_fn is library._sum_combine:
             return self._result(np.sum(values, **how), dtype)
         if self.combine_fn in (library._elementwise_max, library._elementwise_min):
@@ -261,14 +268,14 @@ class Reduce(stock.ReduceOps):
 
 
 class Scan(stock.ScanOps):
-    """Running sums and products of bf16 and fp8 in float32, rounded where they are handed out."""
+    """Running sums and products of small floats in float32, rounded where they are handed out."""
 
     def apply_impl(self, input: tuple[Any, ...]) -> Any:
         plain = self.combine_fn in (tl.standard._sum_combine, tl.standard._prod_combine)
-        if not (plain and _is_narrow(input[0].handle)):
+        if not (plain and _is_small(input[0].handle)):
             return super().apply_impl(input)
         dtype = input[0].dtype
-        wide = self.to_tensor(_values(input[0].handle), tl.float32)
+        wide = self.to_tensor(_widened(input[0].handle).data, tl.float32)
         return [self.to_tensor(_handle(ret.handle.data, dtype).data, dtype) for ret in super().apply_impl((wide,))]
 
 
@@ -313,7 +320,12 @@ def install() -> None:
     builder.__class__ = Builder
     builder.adopt()
     stock.ReduceOps, stock.ScanOps, stock.GridExecutor = Reduce, Scan, Executor
-    stock_convert, stock_patch = stock._implicit_cvt, stock._patch_lang_tensor
+    _repair_language(builder)
+
+
+def _repair_language(builder: Builder) -> None:
+    """Wrap the three functions that connect kernels to the builder."""
+    stock_convert, stock_tensor, stock_core = stock._implicit_cvt, stock._patch_lang_tensor, stock._patch_lang_core
 
     def convert(argument: Any) -> Any:
         """A tensor becomes a pointer into its own address window."""
@@ -323,8 +335,15 @@ def install() -> None:
             value.handle.data = np.array([pointer], dtype=np.uint64)
         return value
 
-    def patch(tensor: Any, scope: Any) -> None:
-        stock_patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))  # 3.6 breaks with numpy 2.4
+    def patch_tensor(tensor: Any, scope: Any) -> None:
+        """Triton 3.6 with numpy 2.4 cannot use a runtime value in `range`."""
+        stock_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
-    stock._implicit_cvt, stock._patch_lang_tensor = convert, patch
+    def patch_core(lang: Any, scope: Any) -> None:
+        """Triton 3.6 and 3.7 do not know the fnuz types here."""
+        stock_core(lang, scope)
+        known, fnuz = lang.dtype.to_ir, (tl.float8e4b8, tl.float8e5b16)
+        scope.set_attr(lang.dtype, "to_ir", lambda self, ir: self if self in fnuz else known(self, ir))
+
+    stock._implicit_cvt, stock._patch_lang_tensor, stock._patch_lang_core = convert, patch_tensor, patch_core

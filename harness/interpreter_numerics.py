@@ -136,8 +136,8 @@ def drop_to_tf32(values: Array) -> Array:
 
 def decode_e8m0(codes: Array) -> Array:
     """Block scales 2^(code - 127); 255 is NaN, and 0 is the subnormal 2^-127."""
-    values = np.ldexp(np.float32(1.0), codes.view(np.uint8).astype(np.int32) - 127)
-    return np.where(codes.view(np.uint8) == 255, np.float32(np.nan), values)
+    table = np.append(np.ldexp(np.float32(1.0), np.arange(255) - 127), np.float32(np.nan))
+    return table[codes.view(np.uint8)]
 
 
 def decode_e2m1(codes: Array, axis: int) -> Array:

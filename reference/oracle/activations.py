@@ -89,8 +89,12 @@ def exact(gate_up: Tensor, act: Activation) -> Tensor:
     """float64 (.., N) -> float64 (.., I)."""
     if act.gated:
         g, u = split(gate_up, act)
-        return GATED[act.name](g, u, act)
-    return UNGATED[act.name](gate_up)
+        value = GATED[act.name](g, u, act)
+    else:
+        g, u = gate_up, torch.ones_like(gate_up)
+        value = UNGATED[act.name](gate_up)
+    # float64 still resolves silu(-128) = -3e-54; float32 gives 0, and that is the exact answer asked for.
+    return torch.where(_saturated(g, u, act) & (g < 0), 0.0, value)
 
 
 def error(gate_up: Tensor, value: Tensor, act: Activation, fmt: Format, claims: Claims) -> Tensor:
@@ -117,7 +121,7 @@ def error(gate_up: Tensor, value: Tensor, act: Activation, fmt: Format, claims: 
             result = result + 2.0**-11 * value.abs()
     if claims.activation == "dtype":
         result = result + 3 * fmt.unit * value.abs()
-    return torch.where(_saturated(g, u, act, fmt), 0.0, result)
+    return torch.where(_saturated(g, u, act), 0.0, result)
 
 
 def _situ_tanh_error(g: Tensor, u: Tensor, a: Activation) -> Tensor:
@@ -130,7 +134,7 @@ def _situ_tanh_error(g: Tensor, u: Tensor, a: Activation) -> Tensor:
     return 4 * U32 * a.beta * gate * (up + a.linear_beta * torch.tanh(g / a.beta).abs())
 
 
-def _saturated(g: Tensor, u: Tensor, act: Activation, fmt: Format) -> Tensor:
+def _saturated(g: Tensor, u: Tensor, act: Activation) -> Tensor:
     """Where float32 arithmetic gives the exact product whatever the formula.
 
     silu and gelu of g = 0, g >= 32 or g <= -128 are 0, g and 0 exactly, in float32, for x*s(x), x/(1+exp(-x)) and the usual

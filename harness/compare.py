@@ -1,0 +1,113 @@
+"""A candidate's tensor against the oracle's Value: element by element, never averaged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from moeproof.harness.pattern import describe
+from moeproof.harness.verdict import Finding
+from moeproof.reference.contract.stages import TENSORS
+from moeproof.reference.oracle.value import Value
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class Comparison:
+    findings: tuple[Finding, ...]
+    checked: int
+    ratio: float
+    """Largest observed/allowed error over elements with a bound."""
+
+
+def within(got: Tensor, want: Value) -> Tensor:
+    """bool: which elements are acceptable. `got` float64."""
+    assert want.bound is not None
+    value = want.value
+    ok = (got - value).abs() <= want.bound
+    ok |= got == value
+    if want.fmt is not None:
+        # A value within its bound of overflow may be stored as infinity.
+        over = (value.abs() + want.bound > want.fmt.max) & got.isinf() & (got.sign() == value.sign())
+        ok |= over
+    return ok
+
+
+def compare(name: str, got: Tensor, want: Value, experts: Tensor | None = None) -> Comparison:
+    """Judge one tensor in canonical coordinates. Rows that are not live, and values an upstream fault made NaN, are left out."""
+    exact = got.double()
+    bound = torch.zeros_like(want.value) if want.bound is None else want.bound
+    value = Value(want.value, bound, want.live, want.fmt)
+    comparable = value.value.isfinite() | value.value.isinf()
+    if want.live is not None:
+        comparable = comparable & want.live.unsqueeze(-1)
+    bad = comparable & ~within(exact, value)
+    checked = int(comparable.sum())
+    error = (exact - value.value).abs()
+    ratio = torch.where(comparable & (bound > 0), error / bound, 0.0)
+    worst = float(ratio.max()) if ratio.numel() else 0.0
+    if not bool(bad.any()):
+        return Comparison((), checked, worst)
+    return Comparison((_finding(name, exact, value, bad, checked, experts),), checked, worst)
+
+
+def _finding(name: str, got: Tensor, want: Value, bad: Tensor, total: int, experts: Tensor | None) -> Finding:
+    assert want.bound is not None
+    # The worst element: NaN first, then the largest error relative to what is allowed.
+    excess = (got - want.value).abs() / (want.bound + want.value.abs() * 2.0**-60 + 2.0**-200)
+    excess = torch.where(bad, excess.nan_to_num(nan=torch.inf, posinf=torch.inf), -1.0)
+    flat = int(excess.argmax())
+    where = [int(i) for i in torch.unravel_index(torch.tensor(flat), bad.shape)]
+    token, column = where[0], where[-1]
+    slot = where[1] if bad.dim() == 3 else None
+    expert = int(experts[token, slot]) if experts is not None and slot is not None else None
+    at = tuple(where)
+    value = float(got[at])
+    problem = "not a number" if value != value else "wrong value" if float(want.bound[at]) else "not exact"
+    return Finding(
+        stage=TENSORS[name],
+        tensor=name,
+        message=problem,
+        token=token,
+        slot=slot,
+        expert=expert,
+        column=column,
+        got=value,
+        want=float(want.value[at]),
+        allowed=float(want.bound[at]),
+        bad=int(bad.sum()),
+        total=total,
+        pattern=describe(bad, experts),
+    )
+
+
+def null_kernels(value: Tensor) -> dict[str, Tensor]:
+    """Grossly wrong results that any useful rule must reject, made from the right one (docs/tolerances.md)."""
+    alternate = 1.0 - 2.0 * (torch.arange(value.shape[-1], device=value.device) % 2)
+    return {
+        "zeros": torch.zeros_like(value),
+        "half": value * 0.5,
+        "a quarter more": value * 1.25,
+        "negated": -value,
+        "rows rolled by one": value.roll(1, 0),
+        "10% noise": value * (1.0 + 0.1 * alternate),
+    }
+
+
+def vacuous(name: str, want: Value) -> str | None:
+    """Why this case cannot judge this tensor: the null kernels that its bounds would accept. None where it can."""
+    if want.bound is None or not want.value.is_floating_point():
+        return None
+    comparable = want.value.isfinite() if want.live is None else want.value.isfinite() & want.live.unsqueeze(-1)
+    if not bool(comparable.any()):
+        return None
+    accepted = []
+    for kind, wrong in null_kernels(want.value).items():
+        wrong = torch.where(comparable, wrong, want.value)
+        if bool((wrong == want.value).all()):
+            continue  # nothing to tell apart: all zero, or a single row
+        if bool(within(wrong, want)[comparable].all()):
+            accepted.append(kind)
+    return f"{name} would pass for {', '.join(accepted)}" if accepted else None

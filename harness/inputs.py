@@ -1,0 +1,138 @@
+"""Case -> Inputs: the same bytes on every OS, device and torch version."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+from moeproof.harness import routing
+from moeproof.harness.case import Case
+from moeproof.harness.generator import Stream
+from moeproof.harness.recipes import RECIPES
+from moeproof.reference.contract.inputs import Inputs
+from moeproof.reference.contract.placement import expert_map
+from moeproof.reference.contract.problem import Problem
+from moeproof.reference.oracle.rounding import round_to
+from moeproof.reference.oracle.router import route
+
+Tensor = torch.Tensor
+
+
+def make_inputs(case: Case, device: torch.device | str = "cpu") -> Inputs:
+    """All tensors of the case on `device`. Each tensor has its own stream, so shrinking one leaves the others alone."""
+    p = case.problem
+    make_x, make_w1, make_w2 = RECIPES[case.values]
+    device = torch.device(device)
+
+    def stream(name: str) -> Stream:
+        return Stream(case.seed, name, device)
+
+    def weights(name: str, rows: int, cols: int, make: object) -> Tensor:
+        out = torch.empty(len(p.local), rows, cols, dtype=p.fmt.dtype, device=device)
+        for local, expert in enumerate(p.local):
+            # One stream per expert: rank r of an expert-parallel world holds the same bytes as a single rank.
+            out[local] = _cast(make(p, stream(f"{name}/{expert}"), rows, cols), p)  # type: ignore[operator]
+        return _stored(out, p)
+
+    ids = weights_TK = None
+    if case.routing != "router":
+        ids, weights_TK = routing.make(p, case.routing, case.values, stream("routing"))
+    mapping = expert_map(p.weight_experts, p.ep, p.ep_rank, p.placement)
+    inputs = Inputs(
+        problem=p,
+        hidden_states=_cast(make_x(p, stream("x")), p),
+        topk_ids=torch.zeros(p.T, p.slots, dtype=torch.int32, device=device) if ids is None else ids,
+        topk_weights=torch.zeros(p.T, p.slots, device=device) if weights_TK is None else weights_TK,
+        w1=weights("w1", p.N, p.hidden, make_w1),
+        w2=weights("w2", p.hidden, p.I, make_w2),
+        expert_map=None if mapping is None else mapping.to(device),
+        logits=routing.logits(p, case.logits, stream("logits")),
+        **_extras(case, stream),  # type: ignore[arg-type]
+    )
+    if case.routing == "router":
+        choice = route(inputs)
+        inputs = routing.with_router(inputs, choice.ids, choice.weights)
+    return _strided(inputs) if case.strided else inputs
+
+
+def _cast(x: Tensor, p: Problem) -> Tensor:
+    """float64 to the problem's dtype by our own rounding; the final cast is exact."""
+    return round_to(x, p.fmt).to(p.fmt.dtype)
+
+
+def _stored(w: Tensor, p: Problem) -> Tensor:
+    """(e, rows, cols) as the problem stores it: KN gives a transposed view of (e, cols, rows) memory."""
+    return w if p.storage == "NK" else w.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _extras(case: Case, stream: object) -> dict[str, Tensor]:
+    """The tensors that only some problems have."""
+    p, r = case.problem, case.problem.router
+    new: dict[str, Tensor] = {}
+    make_w1, make_w2 = RECIPES[case.values][1:]
+    e = len(p.local)
+
+    def draw(name: str) -> Stream:
+        return stream(name)  # type: ignore[operator]
+
+    if p.expert_bias:
+        # Large against the products, and in every expert another: a bias counted K times or unweighted must show.
+        exact = case.values in ("int", "sat")
+        for name, cols in (("b1", p.N), ("b2", p.hidden)):
+            every = draw(name).integers(-2, 3, p.weight_experts, cols).double()
+            if not exact:
+                every = draw(name).normal(p.weight_experts, cols)
+            if case.values == "sat":
+                every = every * 0  # a bias on the gate would leave the multiples of 128
+            new[name] = _cast(every, p)[p.local].contiguous()
+        assert new["b1"].shape[0] == e
+    if r.bias:
+        # Shifted below zero: a rejected group filled with 0 instead of -inf must show.
+        new["correction_bias"] = (draw("correction_bias").normal(p.routed_ids) * 0.5 - 1.0).to(torch.float32)
+    if r.expert_scale:
+        new["expert_scale"] = (0.5 + draw("expert_scale").uniform(p.E)).to(torch.float32)
+    if r.table:
+        new["table_ids"] = draw("table").integers(0, p.routed_ids, p.T, p.K).to(torch.int32)
+    if p.shared:
+        new["shared_w1"] = _cast(make_w1(p, draw("shared_w1"), p.act.width_in(p.shared), p.H), p)
+        new["shared_w2"] = _cast(make_w2(p, draw("shared_w2"), p.H, p.shared), p)
+    if p.shared_gate:
+        new["shared_gate"] = _cast(draw("shared_gate").normal(p.H) / p.H**0.5, p)
+    if p.latent:
+        new["latent_down"] = _cast(draw("latent_down").normal(p.latent, p.H) / p.H**0.5, p)
+        new["latent_up"] = _cast(draw("latent_up").normal(p.H, p.latent) / p.latent**0.5, p)
+    if p.latent_norm:
+        new["latent_norm"] = _cast(0.5 + draw("latent_norm").uniform(p.latent), p)
+    return new
+
+
+def _strided(inputs: Inputs) -> Inputs:
+    """Every argument as a view into a larger buffer: a stride in the last dim that is not 1, or rows that are apart.
+
+    int and small float tensors get every second element of a poisoned buffer; the 2-D and 3-D matrices get row gaps, as
+    slices of a larger allocation have.
+    """
+    changed: dict[str, Tensor] = {}
+    for name, t in inputs.tensors():
+        if name in ("w1", "w2") and inputs.problem.storage == "KN":
+            continue
+        gap = 8 if t.dim() > 1 and t.is_floating_point() else 0
+        step = 1 if gap else 2
+        wide = torch.full((*t.shape[:-1], (t.shape[-1] + gap) * step), _poison(t), dtype=t.dtype, device=t.device)
+        view = wide[..., : t.shape[-1] * step : step]
+        changed[name] = view.copy_(t)
+    return inputs.map(changed)
+
+
+def _poison(t: Tensor) -> float | int:
+    return float("nan") if t.is_floating_point() else torch.iinfo(t.dtype).max
+
+
+def digest(inputs: Inputs) -> str:
+    """SHA-256 over names, shapes, dtypes and bytes of all tensors."""
+    sha = hashlib.sha256()
+    for name, t in inputs.tensors():
+        sha.update(f"{name} {tuple(t.shape)} {t.dtype}\n".encode())
+        sha.update(t.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()

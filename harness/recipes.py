@@ -1,0 +1,116 @@
+"""Value recipes: how x and the weights of a case are drawn. Every recipe is exact arithmetic on generator words.
+
+Scales are chosen so that pre-activations have an rms near 1.2 and outputs an rms near 1: there silu, gelu and swapped
+halves differ, and no absolute floor can hide an error. Gate and up rows have different scales, so a swap shows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from moeproof.harness.generator import Stream
+from moeproof.reference.contract.problem import Problem
+
+Tensor = torch.Tensor
+GATE_GAIN, UP_GAIN = 1.25, 0.8
+
+
+def _gains(p: Problem, rows: int, device: torch.device) -> Tensor:
+    """(rows, 1): per-row gain of w1, gate against up, in the packing of the activation."""
+    gains = torch.full((rows, 1), GATE_GAIN, dtype=torch.float64, device=device)
+    if p.act.gated:
+        if p.act.interleaved:
+            gains[1::2] = UP_GAIN
+        else:
+            gains[rows // 2 :] = UP_GAIN
+    return gains
+
+
+def _limit_gain(p: Problem) -> float:
+    """Where the activation clamps, pre-activations must pass the limit: their rms is half of it."""
+    return p.act.limit / 2 if p.act.limit else 1.0
+
+
+def normal_x(p: Problem, s: Stream) -> Tensor:
+    return s.normal(p.T, p.H)
+
+
+def normal_w1(p: Problem, s: Stream, rows: int, cols: int) -> Tensor:
+    return s.normal(rows, cols) * (_gains(p, rows, s.device) * (_limit_gain(p) / math.sqrt(cols)))
+
+
+def normal_w2(p: Problem, s: Stream, rows: int, cols: int) -> Tensor:
+    return s.normal(rows, cols) * (2.0 / math.sqrt(cols) / _limit_gain(p))
+
+
+def _spread(s: Stream, count: int, binades: int) -> Tensor:
+    """(count,) powers of two from 2^-binades to 2^binades."""
+    return 2.0 ** s.integers(-binades, binades + 1, count).double()
+
+
+def hetero_x(p: Problem, s: Stream) -> Tensor:
+    return normal_x(p, s) * _spread(s, p.T, 2)[:, None] * _spread(s, p.H, 2)[None, :]
+
+
+def hetero_w1(p: Problem, s: Stream, rows: int, cols: int) -> Tensor:
+    return normal_w1(p, s, rows, cols) * _spread(s, rows, 2)[:, None] * _spread(s, 1, 1)
+
+
+def hetero_w2(p: Problem, s: Stream, rows: int, cols: int) -> Tensor:
+    return normal_w2(p, s, rows, cols) * _spread(s, rows, 4)[:, None] * _spread(s, 1, 2)
+
+
+def int_x(p: Problem, s: Stream) -> Tensor:
+    return s.integers(-3, 4, p.T, p.H).double()
+
+
+def int_w(p: Problem, s: Stream, rows: int, cols: int) -> Tensor:
+    """Integers -3..3 times a power of two that keeps the rms of the sum near 1."""
+    return s.integers(-3, 4, rows, cols).double() * 2.0 ** -round(math.log2(4 * math.sqrt(cols)))
+
+
+def _sparse(s: Stream, rows: int, cols: int, per_row: int, low: int, high: int) -> Tensor:
+    """(rows, cols) with `per_row` non-zero integers in [low, high) but never 0, at random columns of each row."""
+    out = torch.zeros(rows, cols, dtype=torch.float64, device=s.device)
+    columns = s.integers(0, cols, rows, per_row)
+    values = s.integers(low, high, rows, per_row)
+    values = torch.where(values == 0, high - 1, values)
+    return out.scatter_(1, columns, values.double())
+
+
+def sat_x(p: Problem, s: Stream) -> Tensor:
+    x = s.integers(-1, 2, p.T, p.H).double()
+    return torch.where(x == 0, 1.0, x)
+
+
+def sat_w1(p: Problem, s: Stream, rows: int, cols: int) -> Tensor:
+    """Gate rows: one entry of +-128 or two, so that gates are multiples of 128; up rows: three entries of +-1 or +-2.
+
+    x is +-1, so |gate| <= 256 and |up| <= 6, and h = gate * up fits bf16's 8 bits: 2 * 6 * 128 = 12 * 2^7.
+    """
+    gate, up = _sparse(s, rows, cols, 2, -1, 2) * 128, _sparse(s, rows, cols, 3, -2, 3)
+    if not p.act.gated:
+        return gate
+    w = torch.where((torch.arange(rows, device=s.device) < rows // 2)[:, None], gate, up)
+    if p.act.interleaved:
+        w = torch.where((torch.arange(rows, device=s.device) % 2 == 0)[:, None], gate, up)
+    return w
+
+
+def sat_w2(p: Problem, s: Stream, rows: int, cols: int) -> Tensor:
+    """Four entries of +-1 a row: |y| <= 4 * 12 * 2^7, which has at most 6 bits."""
+    return _sparse(s, rows, cols, 4, -1, 2) * 2.0**-6
+
+
+MakeX = Callable[[Problem, Stream], Tensor]
+MakeW = Callable[[Problem, Stream, int, int], Tensor]
+
+RECIPES: dict[str, tuple[MakeX, MakeW, MakeW]] = {
+    "normal": (normal_x, normal_w1, normal_w2),
+    "hetero": (hetero_x, hetero_w1, hetero_w2),
+    "int": (int_x, int_w, int_w),
+    "sat": (sat_x, sat_w1, sat_w2),
+}

@@ -1,0 +1,78 @@
+"""Tile shapes of the grouped GEMMs, chosen in host code from sizes alone (no autotuning, no look at the data)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One program computes block_m x block_n of the output in steps of block_k."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int = 1
+    """Row blocks that run side by side, so that they share a weight tile in L2."""
+    warps: int = 4
+    stages: int = 3
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Keyword arguments of a launch."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": self.block_k,
+            "GROUP_M": self.group_m,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
+
+
+DECODE = Tile(16, 64, 128, 1, 4, 4)
+GPU_16BIT = {
+    16: DECODE,
+    32: Tile(32, 128, 64, 1, 4, 4),
+    64: Tile(64, 128, 64, 4, 4, 4),
+    128: Tile(128, 128, 64, 8, 8, 3),
+}
+"""By block_m. Decode is bound by weight bytes: narrow tiles fill the GPU. Prefill is bound by the tensor cores."""
+GPU_FP32 = {
+    16: Tile(16, 64, 32, 1, 4, 3),
+    32: Tile(32, 64, 32, 1, 4, 3),
+    64: Tile(64, 64, 32, 4, 4, 3),
+    128: Tile(128, 64, 32, 8, 8, 2),
+}
+"""IEEE products run outside the tensor cores, from registers: smaller tiles."""
+INTERPRETED = {m: Tile(m, 256, 256) for m in (16, 32, 64, 128)}
+"""A program costs milliseconds whatever its size."""
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter in this process."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def table(dtype: torch.dtype) -> dict[int, Tile]:
+    """Tiles by block_m for operands of `dtype` here."""
+    if interpreted():
+        return INTERPRETED
+    return GPU_FP32 if dtype == torch.float32 else GPU_16BIT
+
+
+def rows_per_block(num_rows: int, num_experts: int) -> int:
+    """block_m for num_rows spread over num_experts: half a block is wasted per expert, so about the mean count."""
+    mean = num_rows / max(num_experts, 1)
+    return next((m for m in (16, 32, 64) if mean <= 1.5 * m), 128)
+
+
+def gemm_tile(block_m: int, N: int, K: int, dtype: torch.dtype) -> Tile:
+    """Tile for an output of N columns and products of length K; never wider than the matrix, padded to a power of two."""
+    t = table(dtype)[block_m]
+    narrow = max(16, triton.next_power_of_2(N))
+    short = max(16, triton.next_power_of_2(K))
+    return Tile(block_m, min(t.block_n, narrow), min(t.block_k, short), t.group_m, t.warps, t.stages)
