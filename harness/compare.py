@@ -36,7 +36,7 @@ def within(got: Tensor, want: Value) -> Tensor:
 
 
 def compare(name: str, got: Tensor, want: Value, experts: Tensor | None = None) -> Comparison:
-    """Judge one tensor in canonical coordinates. Rows that are not live, and values an upstream fault made NaN, are left out."""
+    """Judge one tensor in canonical coordinates, leaving out rows that are not live and what an upstream fault made NaN."""
     exact = got.double()
     bound = torch.zeros_like(want.value) if want.bound is None else want.bound
     value = Value(want.value, bound, want.live, want.fmt)
@@ -46,7 +46,7 @@ def compare(name: str, got: Tensor, want: Value, experts: Tensor | None = None) 
     bad = comparable & ~within(exact, value)
     checked = int(comparable.sum())
     error = (exact - value.value).abs()
-    ratio = torch.where(comparable & (bound > 0), error / bound, 0.0)
+    ratio = torch.where(comparable & (bound > 0) & error.isfinite(), error / bound, 0.0)
     worst = float(ratio.max()) if ratio.numel() else 0.0
     if not bool(bad.any()):
         return Comparison((), checked, worst)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import torch
 
 from moeproof.harness import routing
 from moeproof.harness.case import Case
 from moeproof.harness.generator import Stream
-from moeproof.harness.recipes import RECIPES
+from moeproof.harness.recipes import RECIPES, MakeW
 from moeproof.reference.contract.inputs import Inputs
 from moeproof.reference.contract.placement import expert_map
 from moeproof.reference.contract.problem import Problem
@@ -28,11 +29,11 @@ def make_inputs(case: Case, device: torch.device | str = "cpu") -> Inputs:
     def stream(name: str) -> Stream:
         return Stream(case.seed, name, device)
 
-    def weights(name: str, rows: int, cols: int, make: object) -> Tensor:
+    def weights(name: str, rows: int, cols: int, make: MakeW) -> Tensor:
         out = torch.empty(len(p.local), rows, cols, dtype=p.fmt.dtype, device=device)
         for local, expert in enumerate(p.local):
             # One stream per expert: rank r of an expert-parallel world holds the same bytes as a single rank.
-            out[local] = _cast(make(p, stream(f"{name}/{expert}"), rows, cols), p)  # type: ignore[operator]
+            out[local] = _cast(make(p, stream(f"{name}/{expert}"), rows, cols), p)
         return _stored(out, p)
 
     ids = weights_TK = None
@@ -66,16 +67,11 @@ def _stored(w: Tensor, p: Problem) -> Tensor:
     return w if p.storage == "NK" else w.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _extras(case: Case, stream: object) -> dict[str, Tensor]:
+def _extras(case: Case, draw: Callable[[str], Stream]) -> dict[str, Tensor]:
     """The tensors that only some problems have."""
     p, r = case.problem, case.problem.router
     new: dict[str, Tensor] = {}
     make_w1, make_w2 = RECIPES[case.values][1:]
-    e = len(p.local)
-
-    def draw(name: str) -> Stream:
-        return stream(name)  # type: ignore[operator]
-
     if p.expert_bias:
         # Large against the products, and in every expert another: a bias counted K times or unweighted must show.
         exact = case.values in ("int", "sat")
@@ -86,7 +82,6 @@ def _extras(case: Case, stream: object) -> dict[str, Tensor]:
             if case.values == "sat":
                 every = every * 0  # a bias on the gate would leave the multiples of 128
             new[name] = _cast(every, p)[p.local].contiguous()
-        assert new["b1"].shape[0] == e
     if r.bias:
         # Shifted below zero: a rejected group filled with 0 instead of -inf must show.
         new["correction_bias"] = (draw("correction_bias").normal(p.routed_ids) * 0.5 - 1.0).to(torch.float32)

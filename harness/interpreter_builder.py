@@ -66,9 +66,12 @@ def _widened(handle: Handle) -> Handle:
 class Builder(stock.InterpreterBuilder):
     """What a kernel's operations turn into."""
 
+    options: Any
+    launch: Launch | None = None
+    _as_atomic = False
+
     def adopt(self) -> None:
         """Complete a stock builder whose class was just changed to this one."""
-        self.launch: Launch | None = None
         # `debug` is what lets device_assert through; integers wrap around silently, as on the device.
         self.options = dataclasses.replace(self.options, debug=True, sanitize_overflow=False)
 
@@ -87,14 +90,9 @@ class Builder(stock.InterpreterBuilder):
     def _checked(self, pointers: Handle, mask: Any, size: int, operation: str, **more: Any) -> Handle:
         if self.launch is None:
             return pointers
-        mask_data = np.asarray(getattr(mask, "data", mask))
-        addresses = self.launch.access(np.asarray(pointers.data), mask_data, size, self._plain(operation), **more)
-        return stock.TensorHandle(addresses, pointers.dtype)
-
-    _as_atomic = False
-
-    def _plain(self, operation: str) -> str:
-        return "atomic" if self._as_atomic else operation
+        lanes = np.asarray(getattr(mask, "data", mask))  # a handle or, from some stock code, a bare array
+        kind = "atomic" if self._as_atomic else operation
+        return stock.TensorHandle(self.launch.access(pointers.data, lanes, size, kind, **more), pointers.dtype)
 
     def _atomically(self, compute: Callable[..., Any], *args: Any) -> Any:
         """Loads and stores inside `compute` count as atomic (Triton 3.9 builds atomic_load and so on from them)."""
@@ -132,8 +130,8 @@ class Builder(stock.InterpreterBuilder):
         return super().create_atomic_rmw(op, checked, value, mask, sem, scope)
 
     def create_assert(self, condition: Handle, message: str) -> None:
-        if not np.all(condition.data):
-            (self.launch or Launch("?", {}, sessions[-1])).failed_assertion(message)
+        if self.launch is not None and not np.all(condition.data):
+            self.launch.failed_assertion(message)
 
     def create_assume(self, condition: Handle) -> None:
         self.create_assert(condition, "tl.assume")
@@ -312,6 +310,14 @@ def _fault_behind(error: BaseException | None) -> KernelFault | None:
     return error
 
 
+class _FormatName(str):
+    """A dot_scaled format: Triton 3.6 and 3.7 ask for its `.value`, which the plain string of a kernel lacks."""
+
+    @property
+    def value(self) -> str:
+        return str(self)
+
+
 def install() -> None:
     """Put these classes in place of the stock ones. The global builder keeps its identity: kernels hold on to it."""
     builder = stock.interpreter_builder
@@ -324,8 +330,9 @@ def install() -> None:
 
 
 def _repair_language(builder: Builder) -> None:
-    """Wrap the three functions that connect kernels to the builder."""
+    """Wrap the functions that connect kernels to the builder."""
     stock_convert, stock_tensor, stock_core = stock._implicit_cvt, stock._patch_lang_tensor, stock._patch_lang_core
+    stock_dot_scaled = stock.TritonSemantic.dot_scaled
 
     def convert(argument: Any) -> Any:
         """A tensor becomes a pointer into its own address window."""
@@ -346,4 +353,9 @@ def _repair_language(builder: Builder) -> None:
         known, fnuz = lang.dtype.to_ir, (tl.float8e4b8, tl.float8e5b16)
         scope.set_attr(lang.dtype, "to_ir", lambda self, ir: self if self in fnuz else known(self, ir))
 
+    def dot_scaled(self: Any, *args: Any, **more: Any) -> Any:
+        args = tuple(_FormatName(arg) if isinstance(arg, str) else arg for arg in args)
+        return stock_dot_scaled(self, *args, **more)
+
     stock._implicit_cvt, stock._patch_lang_tensor, stock._patch_lang_core = convert, patch_tensor, patch_core
+    stock.TritonSemantic.dot_scaled = dot_scaled

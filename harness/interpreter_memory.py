@@ -114,8 +114,9 @@ class Shadow:
 
     def current(self, addresses: Array, size: int) -> Array:
         """The bits now in memory."""
-        raw = (ctypes.c_uint8 * self.nbytes).from_address(self.start)
-        return np.frombuffer(raw, dtype=f"u{size}", count=self.nbytes // size)[(addresses - self.start) // size]
+        memory = np.ctypeslib.as_array((ctypes.c_uint8 * self.nbytes).from_address(self.start))
+        whole = memory[: self.nbytes // size * size].view(f"u{size}")
+        return whole[(addresses - self.start) // size]
 
 
 @dataclass(frozen=True)
@@ -184,9 +185,7 @@ class Launch:
         storage, itemsize = tensor.untyped_storage(), tensor.element_size()
         shape, strides = tuple(tensor.shape), tuple(tensor.stride())
         span = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if tensor.numel() else 0
-        shadow = self._shadows.setdefault(
-            storage.data_ptr(), Shadow(storage.data_ptr(), storage.nbytes(), itemsize)
-        )
+        shadow = self._shadows.setdefault(storage.data_ptr(), Shadow(storage.data_ptr(), storage.nbytes(), itemsize))
         window = FIRST_WINDOW + len(self._regions)
         start = tensor.data_ptr()
         # In the middle of the window, for offsets below zero; the low bits stay, for kernels that look at alignment.
@@ -309,9 +308,7 @@ class Launch:
             what = "stores different values from two lanes at once"
             self._fault("race", region, int(offsets[clash][0]), what, self.program)
 
-    def _fault(
-        self, operation: str, region: Region | None, offset: int, what: str, other: Program | None = None
-    ) -> NoReturn:
+    def _fault(self, operation: str, region: Region | None, offset: int, what: str, other: Program | None = None) -> NoReturn:
         head = f"{self.kernel}: program {self.program} {what}"
         if region is None:
             raise KernelFault(self.kernel, operation, None, None, None, self.program, head, other)
@@ -325,4 +322,5 @@ class Launch:
 
     def report(self, fault: KernelFault | None) -> LaunchReport:
         """The line for the session's log."""
-        return LaunchReport(self.kernel, self.grid, *self.lanes.values(), fault)
+        lanes = self.lanes
+        return LaunchReport(self.kernel, self.grid, lanes["load"], lanes["store"], lanes["atomic"], fault)

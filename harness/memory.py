@@ -66,7 +66,9 @@ class Guarded:
         return f"{self.name} was modified at byte {at - GUARD} ({changed.numel()} bytes differ)"
 
 
-def guarded(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device, pattern: str) -> tuple[Tensor, Tensor]:
+def guarded(
+    shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device, pattern: str
+) -> tuple[Tensor, Tensor]:
     """(tensor, buffer): uninitialised memory of this shape and stride, poisoned, between guard bands."""
     span = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if 0 not in shape else 0
     itemsize = torch.empty(0, dtype=dtype).element_size()

@@ -293,12 +293,12 @@ def scaled(problem: Problem, T: int = TOKENS, experts: int = SMALL_EXPERTS, widt
     """
     sizes = {name: _halved(getattr(problem, name), width) for name in ("H", "I", "shared", "latent")}
     small = replace(problem, T=T, **sizes)  # type: ignore[arg-type]
-    while small.E > experts and small.E % 2 == 0:
+    while experts < small.E and small.E % 2 == 0:
         fewer = _with_experts(small, small.E // 2)
         if fewer is None:
             break
         small = fewer
-    if small.E > experts:
+    if experts < small.E:
         small = _with_experts(small, experts) or small
     return small
 

@@ -46,21 +46,21 @@ def normal_w2(p: Problem, s: Stream, rows: int, cols: int) -> Tensor:
     return s.normal(rows, cols) * (2.0 / math.sqrt(cols) / _limit_gain(p))
 
 
-def _spread(s: Stream, count: int, binades: int) -> Tensor:
-    """(count,) powers of two from 2^-binades to 2^binades."""
-    return 2.0 ** s.integers(-binades, binades + 1, count).double()
+def _spread(s: Stream, count: int, low: int, high: int) -> Tensor:
+    """(count,) powers of two from 2^low to 2^high."""
+    return 2.0 ** s.integers(low, high + 1, count).double()
 
 
 def hetero_x(p: Problem, s: Stream) -> Tensor:
-    return normal_x(p, s) * _spread(s, p.T, 2)[:, None] * _spread(s, p.H, 2)[None, :]
+    return normal_x(p, s) * _spread(s, p.T, -3, 1)[:, None] * _spread(s, p.H, -3, 1)[None, :]
 
 
 def hetero_w1(p: Problem, s: Stream, rows: int, cols: int) -> Tensor:
-    return normal_w1(p, s, rows, cols) * _spread(s, rows, 2)[:, None] * _spread(s, 1, 1)
+    return normal_w1(p, s, rows, cols) * _spread(s, rows, -3, 1)[:, None] * _spread(s, 1, -2, 1)
 
 
 def hetero_w2(p: Problem, s: Stream, rows: int, cols: int) -> Tensor:
-    return normal_w2(p, s, rows, cols) * _spread(s, rows, 4)[:, None] * _spread(s, 1, 2)
+    return normal_w2(p, s, rows, cols) * _spread(s, rows, -5, 3)[:, None] * _spread(s, 1, -3, 1)
 
 
 def int_x(p: Problem, s: Stream) -> Tensor:

@@ -101,7 +101,14 @@ def _near_quota_tie(want: Selection, inputs: Inputs) -> Tensor:
 def _id_finding(bad: Tensor, ids: Tensor, message: str) -> Finding:
     token, slot = (int(i) for i in bad.nonzero()[0])
     return Finding(
-        Stage.ROUTE, "topk_ids", message, token=token, slot=slot, expert=int(ids[token, slot]), bad=int(bad.sum()), total=bad.numel()
+        Stage.ROUTE,
+        "topk_ids",
+        message,
+        token=token,
+        slot=slot,
+        expert=int(ids[token, slot]),
+        bad=int(bad.sum()),
+        total=bad.numel(),
     )
 
 

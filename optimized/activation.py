@@ -28,42 +28,43 @@ def _within(x, limit):
 def ungated(g, NAME: tl.constexpr):
     """The activation of one float32 value: the `_no_mul` names, and the gate's part of silu, gelu and gelu_tanh."""
     if NAME == "silu_no_mul" or NAME == "silu":
-        return g * sigmoid(g)
+        h = g * sigmoid(g)
     elif NAME == "gelu_no_mul" or NAME == "gelu":
-        return gelu(g)
+        h = gelu(g)
     elif NAME == "gelu_tanh_no_mul" or NAME == "gelu_tanh":
-        return gelu_tanh(g)
+        h = gelu_tanh(g)
     else:
         tl.static_assert(NAME == "relu_no_mul" or NAME == "relu2_no_mul")
-        positive = tl.where(g < 0, 0.0, g)
-        return positive * positive if NAME == "relu2_no_mul" else positive
+        h = tl.where(g < 0, 0.0, g)
+        if NAME == "relu2_no_mul":
+            h = h * h
+    return h
 
 
 @triton.jit
-def gated(
-    g, u, NAME: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr, LINEAR_BETA: tl.constexpr
-):
+def gated(g, u, NAME: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr, LINEAR_BETA: tl.constexpr):
     """The activation of a gate and an up value, both float32."""
     if NAME == "swigluoai" or NAME == "swigluoai_uninterleave":
         g = _at_most(g, LIMIT)
-        return g * sigmoid(ALPHA * g) * (_within(u, LIMIT) + BETA)
+        h = g * sigmoid(ALPHA * g) * (_within(u, LIMIT) + BETA)
     elif NAME == "swiglustep":
-        return _at_most(g * sigmoid(g), LIMIT) * _within(u, LIMIT)
+        h = _at_most(g * sigmoid(g), LIMIT) * _within(u, LIMIT)
     elif NAME == "situ":
         if LINEAR_BETA > 0:
             u = LINEAR_BETA * tanh(u / LINEAR_BETA)
-        return BETA * tanh(g / BETA) * sigmoid(g) * u
+        h = BETA * tanh(g / BETA) * sigmoid(g) * u
     else:
         if NAME == "silu" and LIMIT > 0:
             # The gate is clamped from above only.
             g = _at_most(g, LIMIT)
             u = _within(u, LIMIT)
-        return ungated(g, NAME) * u
+        h = ungated(g, NAME) * u
+    return h
 
 
 @triton.jit
 def _activate(
-    x_RN, h_RI, stride_xr, stride_xn, stride_hr, stride_hi, num_rows, I, counts, rows_per_expert,
+    x_RN, h_RI, stride_xr, stride_xn, stride_hr, stride_hi, num_rows, num_columns, counts, rows_per_expert,
     ids, expert_map, stride_t, stride_k, num_experts, num_local, K,
     NAME: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
     ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr, LINEAR_BETA: tl.constexpr,
@@ -76,13 +77,13 @@ def _activate(
     if counts is not None:
         live = live & (row % rows_per_expert < tl.load(counts + row // rows_per_expert, mask=live, other=0))
     i = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
-    mask = live[:, None] & (i < I)[None, :]
+    mask = live[:, None] & (i < num_columns)[None, :]
     row = row.to(tl.int64)[:, None]
     i = i.to(tl.int64)[None, :]
     x = x_RN + row * stride_xr
     g = tl.load(x + (2 * i if INTERLEAVED else i) * stride_xn, mask=mask, other=0.0).to(tl.float32)
     if GATED:
-        u = tl.load(x + (2 * i + 1 if INTERLEAVED else i + I) * stride_xn, mask=mask, other=0.0).to(tl.float32)
+        u = tl.load(x + (2 * i + 1 if INTERLEAVED else i + num_columns) * stride_xn, mask=mask, other=0.0).to(tl.float32)
         h = gated(g, u, NAME, ALPHA, BETA, LIMIT, LINEAR_BETA)
     else:
         h = ungated(g, NAME)

@@ -129,9 +129,7 @@ def align(slots: Slots, block_m: int) -> Alignment:
     histogram = torch.empty(num_chunks, ep, **like)
     fill = triton.cdiv(triton.cdiv(P, num_chunks), 1024) * 1024
     blocks = min(triton.next_power_of_2(triton.cdiv(B, num_chunks)), max(1, 4096 // ep))
-    _count[(num_chunks,)](
-        histogram, result.sorted_slots, S, P, *slots.arguments, CHUNK=chunk, FILL=fill, EP=ep, STEP=STEP
-    )
+    _count[(num_chunks,)](histogram, result.sorted_slots, S, P, *slots.arguments, CHUNK=chunk, FILL=fill, EP=ep, STEP=STEP)
     _place[(num_chunks,)](
         histogram, result.sorted_slots, result.counts, result.block_expert, result.num_padded, S, num_chunks, B, 0,
         *slots.arguments,

@@ -77,9 +77,7 @@ def candidates() -> list[Candidate | Pair]:
         Candidate(
             name="triton",
             run=layer.run,
-            shows=(
-                "topk_ids", "topk_weights", "sorted_slots", "block_expert", "num_padded", "gate_up", "h", "y", "out",
-            ),  # fmt: skip
+            shows=("topk_ids", "topk_weights", "sorted_slots", "block_expert", "num_padded", "gate_up", "h", "y", "out"),
             supports=_layer,
             claims=CLAIMS,
             backend="triton",

@@ -23,9 +23,7 @@ class _TritonExperts(FusedMoEPermuteExpertsUnpermute):
     then called with its name. Without it, `apply`'s string is parsed in full (`silu:limit=7`).
     """
 
-    def __init__(
-        self, b1: torch.Tensor | None = None, b2: torch.Tensor | None = None, act: Activation | None = None
-    ) -> None:
+    def __init__(self, b1: torch.Tensor | None = None, b2: torch.Tensor | None = None, act: Activation | None = None) -> None:
         self.b1 = b1
         self.b2 = b2
         self.act = act
@@ -52,7 +50,8 @@ class _TritonExperts(FusedMoEPermuteExpertsUnpermute):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """gate_up, h and y of `shape` rows. y shares its storage with gate_up, which is dead when y is written."""
         check_workspaces(workspace13, workspace2)
-        rows, (N, K, I) = shape[0] * shape[1], (w1.size(1), w2.size(1), w2.size(2))
+        rows, N, K = shape[0] * shape[1], w1.size(1), w2.size(1)
+        I = w2.size(2)  # noqa: E741  (the project's letter)
         for name, space, needed in (("workspace13", workspace13, rows * max(N, K)), ("workspace2", workspace2, rows * I)):
             check(space.numel() >= needed, f"{name} has {space.numel()} elements, this call needs {needed}")
             check(space.dtype == w1.dtype, f"{name} is {space.dtype}, must be {w1.dtype}")

@@ -147,9 +147,7 @@ class TritonBatchedPrepareFinalize(FusedMoEPrepareAndFinalize):
             f"fused_expert_output is {tuple(fused_expert_output.shape)}, must be {shape}",
         )
         slots = Slots(topk_ids, self.num_local_experts, self.num_local_experts)
-        combine(
-            _rows(fused_expert_output), topk_weights, slots, output, weighted=not apply_router_weight_on_input, rows=rows
-        )
+        combine(_rows(fused_expert_output), topk_weights, slots, output, weighted=not apply_router_weight_on_input, rows=rows)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

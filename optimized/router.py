@@ -51,13 +51,12 @@ def _scores(x, SCORE: tl.constexpr):
     """Scores of logits (BT, GP, SP); exactly 0 where the logit is -inf. The scores that select by logit return it."""
     if SCORE == "softmax":
         e = exp_of_negative(x - _or_zero(_best(x))[:, None, None])
-        return tl.div_rn(e, tl.maximum(_total(e), TINY)[:, None, None])
+        x = tl.div_rn(e, tl.maximum(_total(e), TINY)[:, None, None])
     elif SCORE == "sigmoid":
-        return sigmoid(x)
+        x = sigmoid(x)
     elif SCORE == "sqrtsoftplus":
-        return tl.sqrt_rn(softplus(x))
-    else:
-        return x
+        x = tl.sqrt_rn(softplus(x))
+    return x
 
 
 @triton.jit
@@ -98,11 +97,12 @@ def _norm(w, RENORM: tl.constexpr, value: tl.constexpr):
         ratio = tl.div_rn(tl.abs(w), tl.maximum(largest, TINY)[:, None])
         powers = tl.where(ratio > 0, tl.exp2(value * tl.log2(tl.where(ratio > 0, ratio, 1.0))), 0.0)
         total = tl.maximum(tl.sum(powers, 1), TINY)
-        return tl.maximum(largest * tl.exp2(tl.log2(total) / value), 1e-20)
-    total = tl.sum(w, 1)
-    if RENORM == "eps":
-        return total + value
-    return tl.maximum(total, value if RENORM == "floor" else 1e-20)
+        norm = tl.maximum(largest * tl.exp2(tl.log2(total) / value), 1e-20)
+    elif RENORM == "eps":
+        norm = tl.sum(w, 1) + value
+    else:
+        norm = tl.maximum(tl.sum(w, 1), value if RENORM == "floor" else 1e-20)
+    return norm
 
 
 @triton.jit
@@ -211,7 +211,7 @@ def route(
     ):
         check(needed == (tensor is not None), f"{name} must be given exactly where the router has it ('{router}')")
         check(tensor is None or tensor.shape == shape, f"{name} must be {shape}")
-    check(K <= width or router.table, f"K={K} slots but only {width} experts")
+    check(router.table or width >= K, f"K={K} slots but only {width} experts")
     check(not router.groups or width % router.groups == 0, f"{width} experts do not divide into {router.groups} groups")
     slots = K + router.fused_shared
     ids = torch.empty(T, slots, dtype=torch.int32, device=logits_TE.device)

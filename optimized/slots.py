@@ -26,9 +26,7 @@ class Slots:
 
     def __post_init__(self) -> None:
         check(self.ids.dim() == 2, f"topk_ids has {self.ids.dim()} dims, must have 2: (tokens, slots)")
-        check(
-            self.ids.dtype in (torch.int32, torch.int64), f"topk_ids is {self.ids.dtype}, must be torch.int32 or torch.int64"
-        )
+        check(self.ids.dtype in (torch.int32, torch.int64), f"topk_ids is {self.ids.dtype}, must be torch.int32 or torch.int64")
         check(self.count < 2**31, f"{self.count} slots; at most 2^31 - 1 are supported")
         if self.expert_map is None:
             check(

@@ -82,7 +82,7 @@ def select(choice: Tensor, margin: Tensor, router: Router, k: int) -> tuple[Tens
     T, E = choice.shape
     if not router.groups:
         return top(choice, k), choice, torch.zeros(T, dtype=torch.bool, device=choice.device)
-    grouped = choice.view(T, router.groups, -1)
+    grouped = choice.view(T, router.groups, E // router.groups)
     if not router.keep:
         quota = k // router.groups
         first = torch.arange(router.groups, device=choice.device)[None, :, None] * grouped.shape[2]
@@ -92,7 +92,7 @@ def select(choice: Tensor, margin: Tensor, router: Router, k: int) -> tuple[Tens
     group_score = grouped.sort(dim=-1, descending=True).values[:, :, :best].sum(dim=-1)
     kept = top(group_score, router.keep)
     keep = torch.zeros(T, router.groups, dtype=torch.bool, device=choice.device).scatter_(1, kept, True)
-    slack = best * margin.view(T, router.groups, -1).amax(dim=-1)
+    slack = best * margin.view(T, router.groups, E // router.groups).amax(dim=-1)
     worst_kept = torch.where(keep, group_score - slack, torch.inf).amin(dim=-1)
     best_lost = torch.where(keep, -torch.inf, group_score + slack).amax(dim=-1)
     mask = keep.repeat_interleave(E // router.groups, dim=1)

@@ -174,9 +174,7 @@ def test_the_layer_rounds_float64_to_bf16_once() -> None:
     assert converted(torch.from_numpy(value), "bf16")[0] == 0x3F81
 
 
-@pytest.mark.parametrize(
-    ("code", "value"), [(0, 2.0**-127), (1, 2.0**-126), (127, 1.0), (254, 2.0**127), (255, float("nan"))]
-)
+@pytest.mark.parametrize(("code", "value"), [(0, 2.0**-127), (1, 2.0**-126), (127, 1.0), (254, 2.0**127), (255, float("nan"))])
 def test_e8m0(code: int, value: float) -> None:
     assert np.array_equal(interpreter_numerics.decode_e8m0(np.array([code], np.uint8)), [value], equal_nan=True)
 

@@ -1,0 +1,100 @@
+"""What each shown tensor must be: isolated stages from the candidate's own upstream tensors, the chain for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from moeproof.harness.compare import Comparison, compare
+from moeproof.harness.invariants import check_counts, check_permute, find_rows
+from moeproof.harness.route_check import check_route
+from moeproof.reference.contract.candidate import Claims
+from moeproof.reference.contract.inputs import Inputs
+from moeproof.reference.contract.problem import Problem
+from moeproof.reference.contract.schemes import format_of
+from moeproof.reference.oracle.activations import activate
+from moeproof.reference.oracle.chain import chain, shared_expert
+from moeproof.reference.oracle.combine import combine
+from moeproof.reference.oracle.experts import gemm1, gemm2, input_rows, live_slots
+from moeproof.reference.oracle.value import Trace, Value
+
+Tensor = torch.Tensor
+Shown = Mapping[str, Tensor]
+
+
+def shapes(p: Problem, inputs: Inputs) -> dict[str, tuple[int, ...] | None]:
+    """Shape of every canonical tensor; None where the candidate chooses it."""
+    T, K = inputs.topk_ids.shape
+    return {
+        "topk_ids": (T, p.slots),
+        "topk_weights": (T, p.slots),
+        "rows": None,
+        "expert_num_tokens": (inputs.w1.shape[0],),
+        "sorted_slots": None,
+        "block_expert": None,
+        "num_padded": None,
+        "gate_up": (T, K, p.N),
+        "h": (T, K, p.I),
+        "y": (T, K, p.hidden),
+        "out": (T, p.H),
+    }
+
+
+class Expectation:
+    """The oracle's answers for one set of inputs, worked out once and only as far as they are asked for."""
+
+    def __init__(self, inputs: Inputs, claims: Claims) -> None:
+        self.inputs, self.claims = inputs, claims
+        self._chain: Trace | None = None
+        self._shared: tuple[Tensor, Tensor] | None = None
+
+    def chained(self, name: str) -> Value:
+        """From the case's inputs, with the propagated bound."""
+        if self._chain is None:
+            self._chain = chain(self.inputs, self.claims)
+        return self._chain[name]
+
+    def value(self, name: str, shown: Shown) -> Value:
+        """What `name` must be, given what else the candidate showed."""
+        p, got = self.inputs.problem, shown[name]
+        fmt = format_of(got.dtype)
+        if name == "gate_up" and not p.latent:
+            return gemm1(self.inputs, self.inputs.hidden_states, fmt, self.claims)
+        if name == "h" and "gate_up" in shown:
+            return activate(shown["gate_up"], p.act, fmt, self.claims, live_slots(self.inputs))
+        if name == "y" and "h" in shown:
+            return gemm2(self.inputs, shown["h"], fmt, self.claims)
+        if name == "out" and "y" in shown and not p.latent:
+            if p.shared and self._shared is None:
+                self._shared = shared_expert(self.inputs, self.claims)
+            return combine(self.inputs, shown["y"], fmt, self.claims, self._shared)
+        return self.chained(name)
+
+
+def judge_shown(shown: Shown, expect: Expectation) -> tuple[dict[str, Comparison], dict[str, Value]]:
+    """Every shown tensor judged, in the order of the stages; and the Values, for the vacuity gate."""
+    inputs, claims = expect.inputs, expect.claims
+    results: dict[str, Comparison] = {}
+    values: dict[str, Value] = {}
+    if "topk_ids" in shown:
+        results["topk_ids"] = check_route(shown["topk_ids"], shown["topk_weights"], inputs, claims)
+    if "expert_num_tokens" in shown:
+        results["expert_num_tokens"] = check_counts(shown["expert_num_tokens"], inputs)
+        if not results["expert_num_tokens"].findings and "rows" in shown:
+            results["rows"] = _check_rows(shown, inputs)
+    if "sorted_slots" in shown:
+        results["sorted_slots"] = check_permute(shown["sorted_slots"], shown["block_expert"], shown["num_padded"], inputs)
+    for name in ("gate_up", "h", "y", "out"):
+        if name in shown:
+            values[name] = expect.value(name, shown)
+            experts = inputs.topk_ids if shown[name].dim() == 3 else None
+            results[name] = compare(name, shown[name], values[name], experts)
+    return results, values
+
+
+def _check_rows(shown: Shown, inputs: Inputs) -> Comparison:
+    rows = shown["rows"]
+    want = input_rows(inputs, inputs.hidden_states).to(rows.dtype)
+    _, findings = find_rows(rows, shown["expert_num_tokens"], inputs, want)
+    return Comparison(tuple(findings), int(live_slots(inputs).sum()) * rows.shape[-1], 0.0)

@@ -1,0 +1,56 @@
+"""Which cases a tier holds: `quick` for every save, `full` for every merge, `soak` for the night."""
+
+from __future__ import annotations
+
+from moeproof.harness.case import Case, parse_case
+from moeproof.harness.presets import PRESETS, preset, scaled
+from moeproof.harness.sample import sample
+from moeproof.reference.contract.errors import known
+
+TIERS = {
+    "quick": "one plain layer through every recipe, boundary sizes, each dtype",
+    "full": "quick, every model preset (scaled), and 200 random cases",
+    "soak": "full, and 2,000 random cases",
+}
+
+_PLAIN = "T=33,H=104,I=72,E=8,K=2"
+QUICK = (
+    f"{_PLAIN},seed=1",
+    f"{_PLAIN},dtype=fp16,values=hetero,seed=2",
+    f"{_PLAIN},dtype=fp32,routing=zipf,seed=3",
+    f"{_PLAIN},values=int,seed=4",
+    f"{_PLAIN},values=sat,seed=5",
+    f"{_PLAIN},values=sat,routing=minus1,storage=KN,seed=6",
+    f"{_PLAIN},routing=dup,values=hetero,seed=7",
+    f"{_PLAIN},routing=empty,seed=8",
+    f"{_PLAIN},routing=hot,strided=1,seed=9",
+    f"{_PLAIN},routing=none,seed=10",
+    f"{_PLAIN},routing=router,router=softmax:renorm=sum,logits=ties,seed=11",
+    "T=0,H=32,I=16,E=4,K=2,seed=12",
+    "T=1,H=64,I=48,E=5,K=1,seed=13",
+    "T=16,H=64,I=32,E=60,K=6,dtype=fp16,seed=14",
+    "T=17,H=40,I=50,E=12,K=10,routing=minus1,seed=15",
+)
+"""Case lines of the quick tier."""
+
+
+def preset_cases(tokens: int = 8, full_size: bool = False, dtype: str = "bf16") -> list[tuple[str, Case]]:
+    """(model, case) of every preset: the scaled twin for a CPU, or the layer at full size."""
+    from dataclasses import replace
+
+    chosen = []
+    for name in PRESETS:
+        problem = preset(name)
+        problem = replace(problem, T=tokens) if full_size else scaled(problem, T=tokens)
+        chosen.append((name, Case(replace(problem, dtype=dtype))))
+    return chosen
+
+
+def cases_of(tier: str) -> list[Case]:
+    """The cases of a tier, in a fixed order."""
+    known("tier", tier, TIERS)
+    cases = [parse_case(line) for line in QUICK]
+    if tier != "quick":
+        cases += [case for _, case in preset_cases()]
+        cases += sample(200 if tier == "full" else 2200)
+    return cases
