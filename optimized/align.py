@@ -52,9 +52,10 @@ def _count(
         local = local_expert(slot, slot < num_slots, ids, expert_map, stride_t, stride_k, num_experts, num_local, K)
         bins += tl.histogram(tl.maximum(local, 0), EP, mask=local >= 0)
     tl.store(histogram + chunk * EP + tl.arange(0, EP), bins)
-    for first in range(0, FILL, 1024):
-        row = chunk * FILL + first + tl.arange(0, 1024)
-        tl.store(sorted_slots + row, tl.zeros([1024], tl.int32) + num_slots, mask=row < P)
+    if sorted_slots is not None:
+        for first in range(0, FILL, 1024):
+            row = chunk * FILL + first + tl.arange(0, 1024)
+            tl.store(sorted_slots + row, tl.zeros([1024], tl.int32) + num_slots, mask=row < P)
 
 
 @triton.jit

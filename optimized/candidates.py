@@ -25,8 +25,6 @@ def _unsupported(problem: Problem) -> str | None:
 def _layer(problem: Problem) -> str | None:
     if problem.layout != "standard":
         return "this candidate works in the standard layout"
-    if problem.inplace:
-        return "the layer writes a new output; inplace belongs to the seed-style pairs"
     return _unsupported(problem)
 
 

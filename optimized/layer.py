@@ -59,7 +59,7 @@ def run(inputs: Inputs) -> dict[str, torch.Tensor]:
     slots = Slots(ids, p.weight_experts, inputs.w1.size(0), inputs.expert_map)
     T, K, H = ids.size(0), ids.size(1), x.size(1)
     gate_up, h, y = (torch.empty(T, K, width, dtype=x.dtype, device=x.device) for width in (p.N, p.I, H))
-    out = torch.empty(T, H, dtype=x.dtype, device=x.device)
+    out = x if p.inplace else torch.empty(T, H, dtype=x.dtype, device=x.device)
 
     rows = weigh_input(x, inputs.topk_weights) if p.weight_on_input else x
     alignment = run_experts(rows, inputs.w1, inputs.w2, slots, p.act, gate_up, h, y, inputs.b1, inputs.b2)

@@ -45,7 +45,7 @@ GPU_FP32 = {
     16: Tile(16, 64, 32, 1, 4, 3),
     32: Tile(32, 64, 32, 1, 4, 3),
     64: Tile(64, 64, 32, 4, 4, 3),
-    128: Tile(128, 64, 32, 8, 8, 2),
+    128: Tile(128, 64, 16, 8, 8, 3),
 }
 """IEEE products run outside the tensor cores, from registers: smaller tiles."""
 INTERPRETED = {m: Tile(m, 256, 256) for m in (16, 32, 64, 128)}
@@ -75,4 +75,7 @@ def gemm_tile(block_m: int, N: int, K: int, dtype: torch.dtype) -> Tile:
     t = table(dtype)[block_m]
     narrow = max(16, triton.next_power_of_2(N))
     short = max(16, triton.next_power_of_2(K))
+    if K % 16 and not interpreted():
+        # Rows that start anywhere are loaded element by element, each with its own pointer: long steps spill.
+        short = min(short, 32)
     return Tile(block_m, min(t.block_n, narrow), min(t.block_k, short), t.group_m, t.warps, t.stages)

@@ -95,7 +95,7 @@ def run(inputs: Inputs) -> dict[str, torch.Tensor]:
     def by_slot(sorted_rows: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(sorted_rows)
         out[order] = sorted_rows
-        return torch.where(live_TK.flatten()[:, None], out, 0.0).to(x.dtype).view(T, K, -1)
+        return torch.where(live_TK.flatten()[:, None], out, 0.0).to(x.dtype).view(T, K, sorted_rows.size(1))
 
     rows = x[order // K]
     weights = torch.where(live_TK, inputs.topk_weights.float(), 0.0)
@@ -115,4 +115,4 @@ def run(inputs: Inputs) -> dict[str, torch.Tensor]:
     out *= p.scale_on_sum
     if p.shared:
         out += _shared(inputs)
-    return {"gate_up": gate_up, "h": h, "y": y, "out": out.to(x.dtype)}
+    return {"gate_up": gate_up, "h": h, "y": y, "out": x.copy_(out) if p.inplace else out.to(x.dtype)}

@@ -45,6 +45,7 @@ def check_forward(
         not topk_ids.dtype.is_floating_point and topk_ids.dtype != torch.bool,
         f"topk_ids is {topk_ids.dtype}, must be an integer dtype",
     )
+    check(topk_weights.dtype.is_floating_point, f"topk_weights is {topk_weights.dtype}, must be a floating dtype")
     check(
         ids_dtype is None or topk_ids.dtype == ids_dtype,
         f"topk_ids is {topk_ids.dtype}, this prepare/finalize needs {ids_dtype}",
@@ -58,6 +59,10 @@ def check_forward(
         f"apply_router_weight_on_input with topk={topk_ids.size(1)}: allowed only for one slot per token",
     )
     check_weights(w1, w2, hidden_states.size(1))
+    check(
+        hidden_states.dtype == w1.dtype or not _unpacked(w1),
+        f"hidden_states is {hidden_states.dtype} and w1 {w1.dtype}; unquantised, they must be equal",
+    )
     for name, tensor in (("w1", w1), ("w2", w2), ("topk_ids", topk_ids), ("topk_weights", topk_weights)):
         check(
             tensor.device == hidden_states.device,
@@ -66,11 +71,16 @@ def check_forward(
     check_expert_map(expert_map, global_num_experts, w1.size(0), hidden_states.device)
 
 
+def _unpacked(w: torch.Tensor) -> bool:
+    """Weights as they are computed with: neither fp8 nor packed integers."""
+    return w.dtype.is_floating_point and w.dtype.itemsize >= 2
+
+
 def check_weights(w1: torch.Tensor, w2: torch.Tensor, hidden: int) -> None:
     """Unquantised w1 (e, N, K) and w2 (e, K, I) against each other and the hidden size. Packed weights are left alone."""
     check(w1.size(0) == w2.size(0), f"w1 holds {w1.size(0)} experts and w2 {w2.size(0)}; they must be equal")
     check(w2.size(1) == hidden, f"w2 has {w2.size(1)} output columns, hidden_states {hidden}; they must be equal")
-    if w1.dtype.is_floating_point and w1.dtype.itemsize >= 2:
+    if _unpacked(w1):
         check(w1.size(2) == hidden, f"w1 has {w1.size(2)} input columns, hidden_states {hidden}; they must be equal")
         check(
             w1.size(1) in (w2.size(2), 2 * w2.size(2)),

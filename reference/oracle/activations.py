@@ -120,8 +120,21 @@ def error(gate_up: Tensor, value: Tensor, act: Activation, fmt: Format, claims: 
         if claims.activation == "approx":
             result = result + 2.0**-11 * value.abs()
     if claims.activation == "dtype":
-        result = result + 3 * fmt.unit * value.abs()
+        result = result + _dtype_error(g, u, value, act, fmt)
     return torch.where(_saturated(g, u, act), 0.0, result)
+
+
+def _dtype_error(g: Tensor, u: Tensor, value: Tensor, act: Activation, fmt: Format) -> Tensor:
+    """What rounding each operation to `fmt` adds: gate, product and u + beta, one relative unit each.
+
+    Where the argument of the sigmoid is a product too (alpha g), its rounding moves log s by up to |alpha g| (1 - s) units:
+    -alpha g below zero, at most 0.28 above. A subnormal factor rounds by 2^(emin - bits - 1), times what multiplies it.
+    """
+    roundings = torch.full_like(g, 3 * fmt.unit)
+    if act.alpha is not None:
+        roundings = roundings + (act.alpha * (-g).clamp(min=0) + 0.28) * fmt.unit
+    subnormal = 2.0 ** (fmt.emin - fmt.bits - 1) * (1 + g.abs()) * (1 + u.abs())
+    return torch.expm1(roundings.clamp(max=10.0)) * value.abs() + subnormal
 
 
 def _situ_tanh_error(g: Tensor, u: Tensor, a: Activation) -> Tensor:

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+
 from moeproof.reference.contract import Candidate, Claims, Inputs, Problem
 
 Tensor = torch.Tensor
@@ -105,12 +106,11 @@ def run(inputs: Inputs, implementation: str) -> Tensor:
     """The experts' output for the given routing, (T, H) in the input's dtype."""
     experts = experts_of(inputs, implementation)
     p, count = inputs.problem, inputs.w1.shape[0]
-    # The loops of gpt_oss count one-hot classes up to E - 1 only; a slot with weight 0 may name any expert there.
-    ids, weights = local_routing(inputs, 0 if p.expert_bias and implementation == "eager" else count)
+    # The eager loops of gpt_oss and nemotron_h know no class E; a slot with weight 0 may name any expert there.
+    no_sentinel = implementation == "eager" and (p.expert_bias or not p.act.gated)
+    ids, weights = local_routing(inputs, 0 if no_sentinel else count)
     experts._is_expert_parallel = True
     x = inputs.hidden_states.contiguous()
-    if not p.T:
-        return torch.zeros_like(x)
     with torch.no_grad():
         result: Tensor = experts(x, ids, weights)
     return result
@@ -119,10 +119,17 @@ def run(inputs: Inputs, implementation: str) -> Tensor:
 def run_raw(inputs: Inputs, implementation: str) -> Tensor:
     """The same without any care for slots that are not routed: ids go in as they are."""
     with torch.no_grad():
-        result: Tensor = experts_of(inputs, implementation)(
-            inputs.hidden_states, inputs.topk_ids.long(), inputs.topk_weights
-        )
+        result: Tensor = experts_of(inputs, implementation)(inputs.hidden_states, inputs.topk_ids.long(), inputs.topk_weights)
     return result
+
+
+def supports_grouped_mm(p: Problem) -> str | None:
+    """torch's grouped_mm takes operands whose rows are a multiple of 16 bytes."""
+    size = p.fmt.dtype.itemsize
+    for name, width in (("hidden width", p.hidden), ("I", p.I)):
+        if width * size % 16:
+            return f"torch's grouped_mm needs rows of a multiple of 16 bytes; {name} {width} in {p.dtype} has {width * size}"
+    return supports(p)
 
 
 def _candidate(implementation: str) -> Candidate:
@@ -132,7 +139,7 @@ def _candidate(implementation: str) -> Candidate:
     return Candidate(
         name=f"transformers-{implementation}",
         run=lambda inputs: run(inputs, implementation),
-        supports=supports,
+        supports=supports_grouped_mm if implementation == "grouped_mm" else supports,
         claims=claims,
     )
 

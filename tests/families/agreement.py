@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+
 from moeproof.reference.contract import Claims, Inputs
 from moeproof.reference.oracle import Selection, chain, route
 from moeproof.reference.oracle.bounds import U32, dot_error
@@ -119,7 +120,7 @@ def _near_mask(x: Tensor, eps: float, doubt: Tensor) -> Tensor:
     return near
 
 
-def expected(r: Routing, claims: Claims) -> tuple[Tensor, Tensor]:
+def expected(r: Routing, claims: Claims = DEFAULT) -> tuple[Tensor, Tensor]:
     """(out, allowed error), float64 (T, H): the oracle's chain, and the doubt of the weights beside it."""
     trace = chain(r.inputs, claims)
     out, y = trace["out"], trace["y"].value

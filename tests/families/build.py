@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
+
 from moeproof.harness.generator import Stream
 from moeproof.reference.contract import Activation, Problem, Router
-from torch import nn
 
 from .witness import Tensor, Witness, unrouted
 
@@ -127,7 +128,7 @@ def _scale(family: Family, name: str, d: Dims) -> tuple[float, float]:
     own = name.startswith(family.router_path) or "router" in name
     if "correction_bias" in name:
         return 0.0, 0.2
-    if name.endswith("per_expert_scale") or name.endswith("scale") or "norm" in name:
+    if name.endswith("scale") or "norm" in name:
         return 1.0, 0.3
     if name.endswith("bias"):
         return 0.0, 0.5

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+
 from moeproof.reference.contract import Activation, Problem
 from moeproof.reference.oracle.router import renormalise
 

@@ -359,7 +359,7 @@ _SMOKE = (
         "Glm5NextTextConfig",
         "Glm5NextTextMoE",
         DEEPSEEK,
-        lambda d: _deepseek(d) | {"swiglu_limit": 1.0},
+        lambda d: _deepseek(d) | {"swiglu_limit": 1.0, "num_attention_heads": 64},
         act="silu:limit=1",
         **_V3,
     ),

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from moeproof.reference.contract import Inputs, Problem
 from safetensors import safe_open
 from safetensors.torch import save_file
+
+from moeproof.reference.contract import Inputs, Problem
 
 Tensor = torch.Tensor
 

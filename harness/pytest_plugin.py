@@ -1,0 +1,131 @@
+"""The pytest plugin: parametrised candidates and cases, failures that end in a replay line.
+
+    def test_my_kernel(moe_candidate, moe_case, moe_judge):
+        moe_judge(moe_candidate, moe_case)
+
+`moe_candidate` runs over the installed candidates and those that a conftest returns from the hook
+`pytest_moeproof_candidates`; `moe_case` over the cases of --moe-tier, or over --moe-case. Nothing of torch is imported
+before a test asks for one of these names: the plugin is loaded in every pytest run of its user.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from moeproof.harness.case import Case
+    from moeproof.harness.verdict import Verdict
+    from moeproof.reference.contract.candidate import Candidate
+
+TIER_NAMES = ("quick", "full", "soak")
+
+
+class Hooks:
+    """Hooks that a conftest or another plugin may implement."""
+
+    @pytest.hookspec
+    def pytest_moeproof_candidates(self) -> Any:
+        """Return candidates to judge: callables, Candidates or seed-style Pairs."""
+
+
+def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
+    pluginmanager.add_hookspecs(Hooks)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("moeproof", "Mixture-of-Experts kernels")
+    group.addoption("--moe-case", action="append", default=[], metavar="LINE", help="judge this case line (may be repeated)")
+    group.addoption("--moe-backend", action="append", default=[], metavar="NAME", help="only candidates of this name or backend")
+    group.addoption("--moe-device", choices=("auto", "interpret", "device"), default=None, help="where Triton kernels run")
+    group.addoption("--moe-tier", choices=TIER_NAMES, default="quick", help="which cases: quick, full or soak")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """An explicit device must be settled before any conftest imports Triton."""
+    if config.getoption("--moe-device") is not None:
+        _settle(config)
+
+
+_settled = False
+
+
+def _settle(config: pytest.Config) -> None:
+    global _settled
+    if _settled:
+        return
+    _settled = True
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    import torch
+
+    from moeproof.harness import modes
+    from moeproof.reference.contract.errors import ContractError
+
+    torch.set_num_threads(1)
+    try:
+        modes.choose(config.getoption("--moe-device") or "auto")
+    except ContractError as error:
+        raise pytest.UsageError(f"moeproof: {error}") from None
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    wanted = {"moe_candidate", "moe_case"} & set(metafunc.fixturenames)
+    if not wanted:
+        return
+    _settle(metafunc.config)
+    if "moe_candidate" in wanted:
+        candidates = _candidates(metafunc.config)
+        metafunc.parametrize("moe_candidate", candidates, ids=[c.name for c in candidates])
+    if "moe_case" in wanted:
+        cases = _cases(metafunc.config)
+        metafunc.parametrize("moe_case", cases, ids=[str(c) for c in cases])
+
+
+def _candidates(config: pytest.Config) -> list[Candidate]:
+    from moeproof.harness.pairs import as_candidate
+    from moeproof.harness.registry import find_candidates
+    from moeproof.reference.contract.errors import ContractError
+
+    try:
+        own = [as_candidate(c) for group in config.hook.pytest_moeproof_candidates() for c in group]
+        found = {c.name: c for c in [*find_candidates(), *own]}
+    except ContractError as error:
+        raise pytest.UsageError(f"moeproof: {error}") from None
+    only = config.getoption("--moe-backend")
+    chosen = [c for c in found.values() if not only or c.name in only or c.backend in only]
+    if only and not chosen:
+        names = ", ".join(found) or "none"
+        raise pytest.UsageError(f"moeproof: --moe-backend {', '.join(only)} matches no candidate; there are: {names}")
+    return chosen
+
+
+def _cases(config: pytest.Config) -> list[Case]:
+    from moeproof.harness.case import parse_case
+    from moeproof.harness.tiers import cases_of
+    from moeproof.reference.contract.errors import ContractError
+
+    try:
+        lines = config.getoption("--moe-case")
+        return [parse_case(line) for line in lines] if lines else cases_of(config.getoption("--moe-tier"))
+    except ContractError as error:
+        raise pytest.UsageError(f"moeproof: --moe-case: {error}") from None
+
+
+@pytest.fixture
+def moe_judge() -> Callable[[object, Case], Verdict]:
+    """judge(candidate, case) -> Verdict. Fails the test with findings and replay line; skips what is not supported."""
+    from moeproof.harness.judge import judge
+    from moeproof.harness.verdict import Outcome
+
+    def run(candidate: object, case: Case) -> Verdict:
+        verdict = judge(candidate, case)
+        if verdict.outcome is Outcome.UNSUPPORTED:
+            pytest.skip(f"{verdict.candidate} does not support this case: {verdict.reason}")
+        if verdict.outcome is not Outcome.PASS:
+            pytest.fail(str(verdict), pytrace=False)
+        return verdict
+
+    return run

@@ -1,0 +1,133 @@
+"""The same bytes everywhere: pinned digests, and a scalar specification in Python integers."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+import torch
+
+from moeproof.harness.case import parse_case
+from moeproof.harness.generator import Stream
+from moeproof.harness.inputs import digest, make_inputs
+from moeproof.harness.sample import draw
+from moeproof.reference.oracle import Selection, route
+from moeproof.reference.oracle.activations import split
+
+MASK = (1 << 64) - 1
+
+
+def splitmix(key: int, index: int) -> int:
+    """Word `index` of SplitMix64 (Steele, Lea and Flood, 2014) in plain integers."""
+    x = (key + (index + 1) * 0x9E3779B97F4A7C15) & MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
+    return x ^ (x >> 31)
+
+
+def test_words_follow_the_specification() -> None:
+    stream = Stream(7, "x")
+    key = int.from_bytes(hashlib.sha256(b"7/x").digest()[:8], "little")
+    words = [int(w) & MASK for w in torch.cat([stream.words(5), stream.words(4)])]
+
+    assert words == [splitmix(key, i) for i in range(9)]
+
+
+def test_published_splitmix_value() -> None:
+    """First output for seed 0 of the reference implementation."""
+    assert splitmix(0, 0) == 0xE220A8397B1DCDAF
+
+
+def test_distributions() -> None:
+    x = Stream(1, "normal").normal(200_000)
+    assert abs(float(x.mean())) < 0.01
+    assert abs(float(x.var()) - 1) < 0.01
+
+    n = Stream(1, "integers").integers(-3, 4, 70_000)
+    assert n.unique().tolist() == [-3, -2, -1, 0, 1, 2, 3]
+    assert int((n == 0).sum()) > 9_000
+
+    order = Stream(1, "shuffled").shuffled(50, 6)
+    assert bool((order.sort(dim=1).values == torch.arange(6)).all())
+    assert order.unique(dim=0).shape[0] > 30
+
+
+PINNED = {
+    "T=5,H=24,I=16,E=4,K=2,seed=3": "59d2c4d1e9448f2c142071ab77df4f6f70712782aecafda1aef22e66814aaf0a",
+    "T=5,H=24,I=16,E=4,K=2,dtype=fp16,values=hetero,routing=minus1,seed=3": "9c496ed479e8252fed7ad1dfc19159aa3beb1fe61a25e8ed407582d0a361d183",
+    "T=5,H=24,I=16,E=6,K=2,values=sat,routing=dup,expert_bias=1,ep=2,ep_rank=1,seed=3": "894eb3b1d8e13fae355fd6c6419f65e538dab0ffac8bb4a847a21b3a81cf0f07",
+    "T=5,H=24,I=16,E=4,K=2,dtype=fp32,values=int,routing=zipf,storage=KN,seed=3": "5385a3275c31e309cfd5a8fea6a2f63aeb643ed6e0dfdbed04129df84a415e29",
+}
+
+
+@pytest.mark.parametrize("line", PINNED)
+def test_bytes_of_a_case_never_change(line: str) -> None:
+    assert digest(make_inputs(parse_case(line))) == PINNED[line]
+
+
+def test_strided_views_hold_the_same_values() -> None:
+    plain = make_inputs(parse_case("T=5,H=24,I=16,E=4,K=2,seed=3"))
+    strided = make_inputs(parse_case("T=5,H=24,I=16,E=4,K=2,strided=1,seed=3"))
+
+    assert digest(plain) == digest(strided)
+    assert not any(t.is_contiguous() for _, t in strided.tensors())
+
+
+def test_a_rank_holds_the_bytes_that_a_single_rank_has() -> None:
+    whole = make_inputs(parse_case("T=5,H=24,I=16,E=7,K=2,seed=3"))
+    for rank in range(3):
+        part = make_inputs(parse_case(f"T=5,H=24,I=16,E=7,K=2,ep=3,ep_rank={rank},placement=round_robin,seed=3"))
+        assert torch.equal(part.w1, whole.w1[rank::3])
+        assert torch.equal(part.topk_ids, whole.topk_ids)
+        assert part.expert_map is not None
+        assert part.expert_map.tolist() == [e // 3 if e % 3 == rank else -1 for e in range(7)]
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_inputs_can_show_what_goes_wrong(seed: int) -> None:
+    """Pre-activations of order one, gate and up apart, weights of a token apart, experts apart: else faults hide."""
+    case = draw(seed)
+    p = case.problem
+    i = make_inputs(case)
+    if case.routing != "router":
+        live = torch.where(i.topk_ids >= 0, i.topk_weights.double(), torch.nan)
+        ordered = live.sort(dim=1).values
+        ratio = ordered[:, 1:] / ordered[:, :-1]
+        apart = ratio[ratio.isfinite()]
+        # Powers of two come in six sizes only, and fused shared experts all weigh 1.
+        if case.values in ("normal", "hetero") and not p.router.fused_shared:
+            assert bool((apart >= 1.2).all())
+    if i.w1.shape[0] > 1:
+        assert not torch.equal(i.w1[0], i.w1[1])
+    if p.act.gated:
+        w = i.w1.transpose(1, 2)
+        gate, up = split(w, p.act)
+        assert not torch.equal(gate, up)
+    if p.T and case.values == "normal" and p.H >= 64:
+        pre = torch.einsum("th,enh->ten", i.hidden_states.double(), i.w1.double())
+        assert 0.3 < float(pre.pow(2).mean().sqrt()) < 3 * (p.act.limit or 1)
+
+
+@pytest.mark.parametrize("recipe", ["uniform", "zipf", "hot", "empty", "minus1", "dup", "none", "router"])
+def test_routing_recipes_do_what_they_say(recipe: str) -> None:
+    i = make_inputs(parse_case(f"T=64,H=16,I=16,E=8,K=3,routing={recipe},seed=5"))
+    ids = i.topk_ids.long()
+    counts = ids[ids >= 0].bincount(minlength=8)
+    repeated = bool((ids.sort(1).values.diff(dim=1) == 0).logical_and(ids.sort(1).values[:, 1:] >= 0).any())
+
+    assert repeated == (recipe == "dup")
+    assert bool(i.topk_weights[ids < 0].isnan().all())
+    if recipe == "hot":
+        assert int(counts.max()) == 64
+    elif recipe == "empty":
+        assert counts[[0, 4, 7]].tolist() == [0, 0, 0]
+    elif recipe == "minus1":
+        assert bool((ids[-8:] == -1).all())
+        assert bool((ids[:-8] >= 0).any())
+    elif recipe == "none":
+        assert bool((ids == -1).all())
+    elif recipe == "zipf":
+        assert int(counts[0]) > 2 * int(counts[7])
+    elif recipe == "router":
+        choice: Selection = route(i)
+        assert torch.equal(choice.ids, ids)
