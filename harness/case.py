@@ -57,9 +57,11 @@ class Case:
             act = self.problem.act
             exact = act.name in ("silu", "gelu", "gelu_tanh", "silu_no_mul", "gelu_no_mul", "relu_no_mul", "gelu_tanh_no_mul")
             check(exact and not act.limit, f"values=sat needs an activation that saturates exactly; '{act}' does not")
-        if self.problem.K > self.problem.routed_ids:
+        if self.problem.routed_ids < self.problem.K:
             repeats = ("dup", "none", "router")
-            check(self.routing in repeats, f"K > E names experts twice: routing={self.routing} cannot, use {', '.join(repeats)}")
+            check(
+                self.routing in repeats, f"K > E names experts twice: routing={self.routing} cannot, use {', '.join(repeats)}"
+            )
         if self.routing == "empty":
             check(self.problem.E - self.problem.K >= 3, "routing=empty leaves 3 experts without tokens: it needs E >= K + 3")
 

@@ -21,9 +21,7 @@ app = typer.Typer(
 golden_app = typer.Typer(no_args_is_help=True, help="Golden dumps: per-stage tensors of the oracle, for regression.")
 app.add_typer(golden_app, name="golden")
 
-Names = Annotated[
-    list[str] | None, typer.Argument(help="Candidates: installed names, module:attribute, or file.py:attribute.")
-]
+Names = Annotated[list[str] | None, typer.Argument(help="Candidates: installed names, module:attribute, or file.py:attribute.")]
 Json = Annotated[bool, typer.Option("--json", help="JSON lines on standard output; tables go to standard error.")]
 Mode = Annotated[str, typer.Option(help="auto, interpret (Triton on the CPU) or device (compiled, on the GPU).")]
 Jobs = Annotated[int, typer.Option(help="Worker processes; 0 = one per core (1 on a GPU).")]
@@ -96,9 +94,7 @@ def doctor(json: Json = False) -> None:
 @golden_app.command("record")
 def golden_record(
     folder: Annotated[Path, typer.Argument(help="Where the dumps go.")],
-    case: Annotated[
-        list[str] | None, typer.Option(help="Case lines; by default the canonical case of every preset.")
-    ] = None,
+    case: Annotated[list[str] | None, typer.Option(help="Case lines; by default the canonical case of every preset.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite dumps that differ.")] = False,
 ) -> None:
     """Write per-stage tensors of the oracle for each case, atomically."""

@@ -7,6 +7,7 @@ refused with one message; nothing is repaired, and each file is replaced in one 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -39,6 +40,7 @@ def file_hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+@functools.cache
 def environment() -> dict[str, str]:
     """Where a dump was made. The oracle always runs on the CPU."""
     found = {"python": platform.python_version()}

@@ -8,7 +8,7 @@ bands. The three runs must agree bit for bit.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -39,45 +39,46 @@ def fill(t: Tensor, pattern: str) -> None:
 
 @dataclass(frozen=True)
 class Guarded:
-    """A tensor inside a larger allocation, and the bytes that must stay as they are."""
+    """A tensor inside a larger allocation, and the bytes around it that must stay as they are."""
 
     tensor: Tensor
-    buffer: Tensor
-    """uint8: guard, the tensor's span, guard."""
-    before: Tensor
-    """The guards as they were (the whole buffer for inputs)."""
     name: str
-    whole: bool
+    buffer: Tensor
+    """uint8: guard band, the tensor's span up to `end`, guard band."""
+    end: int
+    bands: Tensor
+    """Both bands as they were."""
+    content: Tensor | None = None
+    """The span as it was, for tensors that must not change."""
 
     def damage(self) -> str | None:
         """What was written that must not be, in words; None where all is intact."""
-        now = self.buffer if self.whole else torch.cat([self.buffer[:GUARD], self.buffer[-GUARD:]])
-        changed = (now != self.before).nonzero()
-        if not changed.numel():
-            return None
-        at = int(changed[0])
-        end = self.buffer.numel() - GUARD
-        if not self.whole and at >= GUARD:
-            at += end - GUARD
-        if at < GUARD:
+        after = self.buffer[self.end :]
+        if not torch.equal(self.buffer[:GUARD], self.bands[:GUARD]):
+            at = int((self.buffer[:GUARD] != self.bands[:GUARD]).nonzero()[0])
             return f"{GUARD - at} bytes before the start of {self.name} were written"
-        if at >= end:
-            return f"written {at - end} bytes past the end of {self.name}"
-        return f"{self.name} was modified at byte {at - GUARD} ({changed.numel()} bytes differ)"
+        if not torch.equal(after, self.bands[GUARD:]):
+            at = int((after != self.bands[GUARD:]).nonzero()[0])
+            return f"written {at} bytes past the end of {self.name}"
+        span = self.buffer[GUARD : self.end]
+        if self.content is not None and not torch.equal(span, self.content):
+            changed = (span != self.content).nonzero()
+            return f"{self.name} was modified at byte {int(changed[0])} ({changed.numel()} bytes differ)"
+        return None
 
 
 def guarded(
-    shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device, pattern: str
-) -> tuple[Tensor, Tensor]:
-    """(tensor, buffer): uninitialised memory of this shape and stride, poisoned, between guard bands."""
+    shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device, pattern: str, name: str
+) -> Guarded:
+    """Uninitialised memory of this shape and stride, poisoned, between guard bands."""
     span = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if 0 not in shape else 0
-    itemsize = torch.empty(0, dtype=dtype).element_size()
-    # Round up so that both guards stay aligned for every dtype.
-    size = -(-span * itemsize // 16) * 16
-    buffer = torch.empty(size + 2 * GUARD, dtype=torch.uint8, device=device)
+    size = span * torch.empty(0, dtype=dtype).element_size()
+    # A whole number of 16 bytes: the pattern is laid down in the tensor's own dtype, through both bands.
+    buffer = torch.empty(-(-size // 16) * 16 + 2 * GUARD, dtype=torch.uint8, device=device)
     fill(buffer.view(dtype), pattern)
-    inner = buffer[GUARD : GUARD + size].view(dtype)
-    return inner.as_strided(shape, stride), buffer
+    end = GUARD + size
+    tensor = buffer[GUARD : buffer.numel() - GUARD].view(dtype).as_strided(shape, stride)
+    return Guarded(tensor, name, buffer, end, torch.cat([buffer[:GUARD], buffer[end:]]))
 
 
 def guard_inputs(inputs: Inputs, pattern: str) -> tuple[Inputs, list[Guarded]]:
@@ -85,10 +86,10 @@ def guard_inputs(inputs: Inputs, pattern: str) -> tuple[Inputs, list[Guarded]]:
     copies: dict[str, Tensor] = {}
     guards: list[Guarded] = []
     for name, t in inputs.tensors():
-        tensor, buffer = guarded(tuple(t.shape), t.stride(), t.dtype, t.device, pattern)
-        tensor.copy_(t)
-        copies[name] = tensor
-        guards.append(Guarded(tensor, buffer, buffer.clone(), name, whole=True))
+        guard = guarded(tuple(t.shape), t.stride(), t.dtype, t.device, pattern, name)
+        guard.tensor.copy_(t)
+        copies[name] = guard.tensor
+        guards.append(replace(guard, content=guard.buffer[GUARD : guard.end].clone()))
     return inputs.map(copies), guards
 
 
@@ -108,12 +109,11 @@ class Poison(TorchDispatchMode):
             return result
         if result.layout != torch.strided or result.device.type == "meta" or result.is_quantized:
             return result
-        shape, stride = tuple(result.shape), result.stride()
-        tensor, buffer = guarded(shape, stride, result.dtype, result.device, self.pattern)
+        shape = tuple(result.shape)
         name = f"a buffer that the candidate allocated as {shape} {result.dtype}".replace("torch.", "")
-        bands = torch.cat([buffer[:GUARD], buffer[-GUARD:]])
-        self.allocations.append(Guarded(tensor, buffer, bands, name, whole=False))
-        return tensor.zero_() if func in _ZERO else tensor
+        guard = guarded(shape, result.stride(), result.dtype, result.device, self.pattern, name)
+        self.allocations.append(guard)
+        return guard.tensor.zero_() if func in _ZERO else guard.tensor
 
     def damage(self) -> list[str]:
         return [words for guard in self.allocations if (words := guard.damage())]

@@ -39,7 +39,9 @@ def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("moeproof", "Mixture-of-Experts kernels")
     group.addoption("--moe-case", action="append", default=[], metavar="LINE", help="judge this case line (may be repeated)")
-    group.addoption("--moe-backend", action="append", default=[], metavar="NAME", help="only candidates of this name or backend")
+    group.addoption(
+        "--moe-backend", action="append", default=[], metavar="NAME", help="only candidates of this name or backend"
+    )
     group.addoption("--moe-device", choices=("auto", "interpret", "device"), default=None, help="where Triton kernels run")
     group.addoption("--moe-tier", choices=TIER_NAMES, default="quick", help="which cases: quick, full or soak")
 
@@ -69,6 +71,15 @@ def _settle(config: pytest.Config) -> None:
         modes.choose(config.getoption("--moe-device") or "auto")
     except ContractError as error:
         raise pytest.UsageError(f"moeproof: {error}") from None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection(session: pytest.Session) -> None:
+    """Options are checked once, before collection, where an error is one line and not a traceback."""
+    if session.config.getoption("--moe-case") or session.config.getoption("--moe-backend"):
+        _settle(session.config)
+        _cases(session.config)
+        _candidates(session.config)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -212,7 +212,11 @@ def route(
         check(needed == (tensor is not None), f"{name} must be given exactly where the router has it ('{router}')")
         check(tensor is None or tensor.shape == shape, f"{name} must be {shape}")
     check(router.table or width >= K, f"K={K} slots but only {width} experts")
-    check(not router.groups or width % router.groups == 0, f"{width} experts do not divide into {router.groups} groups")
+    if router.groups:
+        size = width // router.groups
+        check(size * router.groups == width, f"{width} experts do not divide into {router.groups} groups")
+        check(router.keep > 0 or K % router.groups == 0, f"a quota from every group needs K={K} divisible by {router.groups}")
+        check(size * (router.keep or router.groups) >= K, f"K={K} slots but only {size * router.keep} experts in kept groups")
     slots = K + router.fused_shared
     ids = torch.empty(T, slots, dtype=torch.int32, device=logits_TE.device)
     weights = torch.empty(T, slots, dtype=torch.float32, device=logits_TE.device)

@@ -14,7 +14,8 @@ def check_ids(topk_ids: torch.Tensor, num_experts: int) -> None:
         token, slot = (int(i) for i in bad.nonzero()[0])
         value = int(topk_ids[token, slot])
         raise ContractError(
-            f"topk_ids[{token}, {slot}] = {value} is out of range; allowed: 0..{num_experts - 1}, or -1 for a slot that is not routed"
+            f"topk_ids[{token}, {slot}] = {value} is out of range; "
+            f"allowed: 0..{num_experts - 1}, or -1 for a slot that is not routed"
         )
 
 

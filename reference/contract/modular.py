@@ -214,7 +214,7 @@ class FusedMoEModularKernel(torch.nn.Module):
             # Nothing arrived here. finalize is still called: it may be a collective that other ranks wait in.
             expert_output = torch.empty_like(a1q, dtype=hidden_states.dtype)
         else:
-            E, M, N, K, topk = moe_problem_size(a1q, w1, w2, topk_ids)
+            _, M, N, K, topk = moe_problem_size(a1q, w1, w2, topk_ids)
             elements13, elements2, dtype = self.fused_experts.workspace_shapes(
                 hidden_states, a1q, M, N, K, topk, global_num_experts
             )

@@ -202,5 +202,5 @@ def _from_text(key: str, text: str) -> object:
     except ContractError:
         raise
     except (ValueError, KeyError):
-        allowed = "0 or 1" if kind is bool else f"a {kind.__name__}"
+        allowed = {bool: "0 or 1", int: "an int", float: "a number"}.get(kind, "understood")
         raise ContractError(f"{key}='{text}' is not {allowed}") from None

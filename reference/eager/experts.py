@@ -37,7 +37,7 @@ class _Experts(FusedMoEPermuteExpertsUnpermute):
     """What both layouts share: the constructor's spec, the sizes of workspaces, the refusals."""
 
     def __init__(self, act: Activation | None = None, b1: Tensor | None = None, b2: Tensor | None = None) -> None:
-        """`act`: the activation with its parameters; None takes whatever `apply` names (`silu:limit=7`). b1 (e, N), b2 (e, K)."""
+        """`act`: the activation with its parameters; None takes what `apply` names. b1 (e, N), b2 (e, K)."""
         self.act = act
         self.b1 = b1
         self.b2 = b2

@@ -77,16 +77,15 @@ def choose(choice_TE: Tensor, router: Router, K: int) -> Tensor:
 def sparsemixer(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """ids int64 (T, 2) and weights (T, 2). Two rounds: take the best of what is left, drop every expert whose relative
     gap (best - x) / max(|x|, best) exceeds 2 eps, and weigh the winner by a softmax over the rest."""
+    ids = best(x, 2)  # in one go: in a row without a finite logit the second winner must still be another expert
     left = x.clone()
-    ids, weights = [], []
-    for _ in range(2):
-        winner = best(left, 1)
+    weights = []
+    for winner in ids.split(1, dim=1):
         top = left.gather(1, winner)
         far = (top - x) / torch.maximum(x.abs(), top) > 2 * eps
         weights.append(softmax(left.masked_fill(far, -torch.inf)).gather(1, winner))
-        ids.append(winner)
         left.scatter_(1, winner, -torch.inf)
-    return torch.cat(ids, dim=1), torch.cat(weights, dim=1)
+    return ids, torch.cat(weights, dim=1)
 
 
 def renormalised(w_TK: Tensor, router: Router) -> Tensor:

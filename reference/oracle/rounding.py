@@ -19,7 +19,7 @@ def exponent_of(x: torch.Tensor) -> torch.Tensor:
 
 def ulp(x: torch.Tensor, fmt: Format) -> torch.Tensor:
     """Distance between neighbours of `fmt` at |x|: 2^(max(floor(log2|x|), emin) - bits). Overflow keeps emax's."""
-    return power_of_two(exponent_of(x.contiguous()).clamp(fmt.emin, fmt.emax) - fmt.bits)
+    return power_of_two(exponent_of(x.contiguous()).clamp(fmt.emin, fmt.emax)) * 2.0**-fmt.bits  # fp64's least is subnormal
 
 
 def round_to(x: torch.Tensor, fmt: Format) -> torch.Tensor:
@@ -45,7 +45,7 @@ def lowest_bit(x: torch.Tensor) -> float:
     exponent = (flat >> 52) & 0x7FF
     whole = torch.where(exponent > 0, mantissa | (1 << 52), mantissa)
     lowest = (whole & -whole).double()
-    quantum = lowest * power_of_two(exponent.clamp(min=1, max=2045) - 1075 + 52) * 2.0**-52
+    quantum = lowest * 2.0**-52 * power_of_two(exponent.clamp(min=1, max=2046) - 1023)
     nonzero = torch.where(whole == 0, torch.full_like(quantum, torch.inf), quantum)
     if bool((exponent == 0x7FF).any()):
         return 0.0

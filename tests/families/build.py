@@ -213,8 +213,9 @@ def witness_of(family: Family, dims: Dims, variant: str = "plain") -> Witness:
     """
     count = {"one": 1, "none": 0}.get(variant, dims.T)
     d = family.dims(Dims(count, dims.H, dims.I, dims.E, dims.K))
-    block, p = block_of(family, d), family.problem(d)
-    bias = functools.reduce(getattr, family.bias_path.split("."), block) if family.bias_path else None
+    block: Any = block_of(family, d)
+    p = family.problem(d)
+    bias: Any = functools.reduce(getattr, family.bias_path.split("."), block) if family.bias_path else None
     with torch.no_grad():
         if variant == "negative":
             assert bias is not None
@@ -225,15 +226,15 @@ def witness_of(family: Family, dims: Dims, variant: str = "plain") -> Witness:
         extra: dict[str, Tensor | None] = {}
         arguments: tuple[Tensor, ...] = (x[None],)
         if p.router.table:
-            token_ids = torch.arange(d.T) % block.gate.tid2eid.shape[0]  # type: ignore[union-attr, index, operator]
-            extra["table_ids"] = block.gate.tid2eid[token_ids].int()  # type: ignore[union-attr, index]
+            token_ids = torch.arange(d.T) % block.gate.tid2eid.shape[0]
+            extra["table_ids"] = block.gate.tid2eid[token_ids].int()
             arguments += (token_ids[None],)
         answer = block(*arguments)
         out = (answer[0] if isinstance(answer, tuple) else answer).reshape(d.T, d.H).clone()
     if bias is not None:
         extra["correction_bias"] = bias.reshape(-1)
     if p.router.expert_scale:
-        extra["expert_scale"] = block.get_submodule(family.router_path).per_expert_scale  # type: ignore[assignment]
+        extra["expert_scale"] = block.get_submodule(family.router_path).per_expert_scale
     tensors = {"hidden_states": x} | weights_of(family, block, p) | shared_of(family, block, p) | extra
     meta = {"family": family.name, "variant": variant, "transformers": importlib.import_module("transformers").__version__}
     return Witness(unrouted(p, **tensors), out=out, **router_of(family, block, x), meta=meta | {"torch": torch.__version__})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -83,7 +84,7 @@ def _scaled_shared(w: Witness) -> Witness:
     return w.with_inputs(shared_w2=w.inputs.shared_w2 * w.problem.router.scale)
 
 
-def _act(name: str, **options: float) -> Callable[[Witness], Witness]:
+def _act(name: str, **options: Any) -> Callable[[Witness], Witness]:
     return lambda w: w.with_problem(act=Activation(name, **options))
 
 
@@ -95,7 +96,7 @@ def _score(*names: str) -> Callable[[Problem], bool]:
     return lambda p: p.router.score in names
 
 
-_SOFTMAX = {"score": "softmax", "jitter_eps": 0.01}
+_SOFTMAX: dict[str, Any] = {"score": "softmax", "jitter_eps": 0.01}
 
 MISREADINGS = (
     # layout

@@ -318,7 +318,7 @@ _FAMILIES = (
 FAMILIES: dict[str, Family] = {f.name: f for f in _FAMILIES}
 """The families of docs/models.md whose blocks differ in meaning: tested on every variant, with misreadings, and stored."""
 
-_V3 = {"shared": lambda d: d.shared, "bias_path": "gate.e_score_correction_bias"}
+_V3: Options = {"shared": lambda d: d.shared, "bias_path": "gate.e_score_correction_bias"}
 _SMOKE = (
     Family("minimax", "minimax", "MiniMaxConfig", "MiniMaxSparseMoeBlock", RENORMALISED, _local),
     Family("qwen3_moe", "qwen3_moe", "Qwen3MoeConfig", "Qwen3MoeSparseMoeBlock", RENORMALISED, _qwen),

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from moeproof.harness.generator import Stream
-from moeproof.reference.contract import Activation, Candidate, Inputs, Problem, expert_map
-from moeproof.reference.oracle import chain
+from moeproof.reference.contract import FORMATS, Activation, Candidate, Claims, Inputs, Problem, expert_map
+from moeproof.reference.oracle import activate, chain
 
 pytest.importorskip("transformers", reason="the candidates are transformers' own: pip install 'moeproof[models]'")
 
@@ -17,8 +19,8 @@ from .adapters import CANDIDATES, IMPLEMENTATIONS, RAW_GROUPED_MM, run_raw, supp
 from .agreement import Agreement, measure
 
 BASE = Problem(T=40, H=64, I=48, E=16, K=4)
-GPT_OSS = {"act": Activation("swigluoai"), "expert_bias": True, "storage": "KN"}
-PROBLEMS = {
+GPT_OSS: dict[str, Any] = {"act": Activation("swigluoai"), "expert_bias": True, "storage": "KN"}
+PROBLEMS: dict[str, dict[str, Any]] = {
     "mixtral": {},
     "qwen3": {"K": 8, "H": 128, "I": 96},
     "ragged": {"H": 72, "I": 88},
@@ -102,6 +104,25 @@ def test_transformers_grouped_mm_minus_one_is_caught(dtype: str) -> None:
 
 def test_without_dropped_slots_the_raw_adapter_is_right() -> None:
     assert judged(RAW_GROUPED_MM, inputs_of(dataclasses.replace(BASE, dtype="fp32"))).holds
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_claim_covers_an_activation_rounded_at_each_operation(dtype: str) -> None:
+    """gpt-oss' own gate in low precision: it rounds 1.702 g before the sigmoid, 2.7 % of the result at g = -8 in bf16."""
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+    fmt, act = FORMATS[dtype], Activation("swigluoai")
+    gate, up = torch.meshgrid(torch.arange(-12, 12, 1 / 32), torch.linspace(-9, 9, 64), indexing="ij")
+    gate_up = torch.stack([gate, up], dim=-1).reshape(1, -1).to(fmt.dtype)
+    got = GptOssExperts._apply_gate(SimpleNamespace(limit=act.limit, alpha=act.alpha), gate_up)
+
+    value = activate(gate_up, act, fmt, Claims(activation="dtype"))
+
+    assert value.bound is not None
+    assert measure(got, value.value, value.bound, torch.tensor([True])).holds
+    strict = activate(gate_up, act, fmt, Claims())
+    assert strict.bound is not None
+    assert measure(got, strict.value, strict.bound, torch.tensor([True])).holds == (dtype == "fp32")
 
 
 def test_eager_refuses_minus_one() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,9 @@ from .witness import Witness, load
 SIZES = Dims()
 CLEAR = 0.9
 """Share of rows that must be decided beyond float32's doubt, or the comparison is about nothing."""
+
+SILENT = {"dbrx": "its router returns logits", "llama4": "dense scores", "deepseek_v4_hash": "a table's ids"}
+"""Families whose router module hands out no choice of experts; their blocks are compared end to end only."""
 
 
 def has(family: Family, variant: str) -> bool:
@@ -88,13 +92,11 @@ def test_every_family_has_several_misreadings_and_every_misreading_a_family() ->
     assert {m.name for _, m in SAME} == {m.name for m in EQUIVALENT}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [n for n in FAMILIES if n not in SILENT])
 def test_oracle_routes_as_the_block_does(name: str) -> None:
     """The block's own choice of experts, where its router hands it out: the same set in every clear row."""
     family, witness = FAMILIES[name], seen(name, "plain")
     router = block_of(family, SIZES).get_submodule(family.router_path)
-    if name in ("dbrx", "llama4", "deepseek_v4_hash"):
-        pytest.skip("the router returns no ids of its own: logits only (dbrx), dense scores (llama4), a table (hash)")
     x = hidden(family, family.dims(SIZES))
     with torch.no_grad():
         arguments = (x, witness.inputs.correction_bias) if family.bias_path.startswith("e_score") else (x,)
@@ -144,7 +146,7 @@ def test_bf16_experts_agree_given_the_routing(name: str) -> None:
         _, weights, ids = block.get_submodule(family.router_path)(x)
         answer = block.get_submodule("experts")(x, ids, weights)
     experts = seen(name, "plain").with_problem(dtype="bf16", shared=0, shared_gate=False).inputs
-    low = {n: t.bfloat16() for n, t in experts.tensors() if n in ("w1", "w2", "b1", "b2")}
+    low: dict[str, Any] = {n: t.bfloat16() for n, t in experts.tensors() if n in ("w1", "w2", "b1", "b2")}
     inputs = dataclasses.replace(experts, **low, hidden_states=x, topk_ids=ids.int(), topk_weights=weights.float())
     out = chain(inputs, Claims(combine="dtype", activation="dtype"))["out"]
     assert out.bound is not None

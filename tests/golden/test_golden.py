@@ -62,11 +62,26 @@ def _manifest(folder: Path, change: Callable[[dict[str, object]], object]) -> No
 # the committed dumps
 
 
-def test_the_oracle_agrees_with_the_committed_dumps() -> None:
-    verdicts = golden.check(STORED)
+@pytest.fixture(scope="module")
+def verdicts() -> list[golden.GoldenVerdict]:
+    """The oracle on every committed dump, and a right candidate on those of few experts (to save time)."""
+    few = Candidate("right", _layer, supports=lambda p: None if p.E <= 8 else "only few experts")
+    return golden.check(STORED, [few])
 
-    assert [v for v in verdicts if v.outcome is not Outcome.PASS] == []
-    assert len(verdicts) == len(golden.canonical_cases())
+
+def test_the_oracle_agrees_with_the_committed_dumps(verdicts: list[golden.GoldenVerdict]) -> None:
+    mine = [v for v in verdicts if v.candidate == "oracle"]
+
+    assert [v for v in mine if v.outcome is not Outcome.PASS] == []
+    assert len(mine) == len(golden.canonical_cases())
+
+
+def test_a_right_candidate_passes_against_the_committed_dumps(verdicts: list[golden.GoldenVerdict]) -> None:
+    ran = [v for v in verdicts if v.candidate == "right" and v.outcome is not Outcome.UNSUPPORTED]
+
+    assert {v.outcome for v in ran} == {Outcome.PASS}
+    assert len(ran) >= 15
+    assert all(v.checked for v in ran)
 
 
 def test_every_preset_has_a_dump() -> None:
@@ -92,13 +107,6 @@ def test_recording_again_changes_nothing(tmp_path: Path) -> None:
 
 
 # candidates
-
-
-def test_a_right_candidate_passes_against_the_committed_dumps() -> None:
-    verdicts = [v for v in golden.check(STORED, [RIGHT]) if v.candidate == "right"]
-
-    assert {v.outcome for v in verdicts} == {Outcome.PASS}
-    assert all(v.checked for v in verdicts)
 
 
 def test_a_wrong_candidate_fails_and_says_how_to_repeat_it(folder: Path) -> None:
@@ -270,18 +278,18 @@ DAMAGE: dict[str, tuple[Spoil, str]] = {
     "truncated": (_truncate, r"golden file '.*{file}' is truncated: it has \d+ of \d+ bytes"),
     "bit flipped": (_flip_a_bit, "golden file '.*{file}' is damaged: its SHA-256"),
     "missing": (lambda f: _file(f).unlink(), "golden file '.*{file}' is missing: the manifest lists it"),
-    "foreign file": (lambda f: (f / "mine.safetensors").write_bytes(b"x"), "mine.safetensors' is foreign"),  # type: ignore[dict-item,return-value]
+    "foreign file": (lambda f: (f / "mine.safetensors").write_bytes(b"x"), "mine.safetensors' is foreign"),  # type: ignore[dict-item]
     "another case's file": (_swap, "golden file '.*{file}' belongs to another entry: its case is 'T=5"),
     "no safetensors": (_pickle, "golden file '.*{file}' is damaged: "),
     "no header": (_headless, "golden file '.*{file}' is foreign: it has no moeproof-golden header"),
     "no manifest": (lambda f: (f / "manifest.json").unlink(), "has no manifest.json"),
     "no folder": (shutil.rmtree, "golden folder '.*' does not exist"),
     "manifest cut": (
-        lambda f: (f / "manifest.json").write_text("{"),  # type: ignore[dict-item,return-value]
+        lambda f: (f / "manifest.json").write_text("{"),  # type: ignore[dict-item]
         "manifest.json' is damaged: ",
     ),
     "manifest of another tool": (
-        lambda f: (f / "manifest.json").write_text("[]"),  # type: ignore[dict-item,return-value]
+        lambda f: (f / "manifest.json").write_text("[]"),  # type: ignore[dict-item]
         "manifest.json' is foreign",
     ),
     "newer": (
@@ -312,7 +320,7 @@ def test_damage_is_refused_by_name_and_nothing_is_touched(folder: Path, kind: st
 def test_a_path_out_of_the_folder_is_refused(folder: Path) -> None:
     _manifest(folder, lambda c: c["files"].update({"../x.safetensors": {}}))  # type: ignore[attr-defined]
 
-    with pytest.raises(ContractError, match="is not a plain .safetensors file name"):
+    with pytest.raises(ContractError, match=r"is not a plain \.safetensors file name"):
         golden.check(folder)
 
 

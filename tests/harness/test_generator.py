@@ -53,16 +53,16 @@ def test_distributions() -> None:
 
 
 PINNED = {
-    "T=5,H=24,I=16,E=4,K=2,seed=3": "59d2c4d1e9448f2c142071ab77df4f6f70712782aecafda1aef22e66814aaf0a",
-    "T=5,H=24,I=16,E=4,K=2,dtype=fp16,values=hetero,routing=minus1,seed=3": "9c496ed479e8252fed7ad1dfc19159aa3beb1fe61a25e8ed407582d0a361d183",
-    "T=5,H=24,I=16,E=6,K=2,values=sat,routing=dup,expert_bias=1,ep=2,ep_rank=1,seed=3": "894eb3b1d8e13fae355fd6c6419f65e538dab0ffac8bb4a847a21b3a81cf0f07",
-    "T=5,H=24,I=16,E=4,K=2,dtype=fp32,values=int,routing=zipf,storage=KN,seed=3": "5385a3275c31e309cfd5a8fea6a2f63aeb643ed6e0dfdbed04129df84a415e29",
+    "T=5,H=24,I=16,E=4,K=2,seed=3": "59d2c4d1e9448f2c142071ab77df4f6f",
+    "T=5,H=24,I=16,E=4,K=2,dtype=fp16,values=hetero,routing=minus1,seed=3": "9c496ed479e8252fed7ad1dfc19159aa",
+    "T=5,H=24,I=16,E=6,K=2,values=sat,routing=dup,expert_bias=1,ep=2,ep_rank=1,seed=3": "894eb3b1d8e13fae355fd6c6419f65e5",
+    "T=5,H=24,I=16,E=4,K=2,dtype=fp32,values=int,routing=zipf,storage=KN,seed=3": "5385a3275c31e309cfd5a8fea6a2f63a",
 }
 
 
 @pytest.mark.parametrize("line", PINNED)
 def test_bytes_of_a_case_never_change(line: str) -> None:
-    assert digest(make_inputs(parse_case(line))) == PINNED[line]
+    assert digest(make_inputs(parse_case(line)))[:32] == PINNED[line]
 
 
 def test_strided_views_hold_the_same_values() -> None:
