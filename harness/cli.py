@@ -33,6 +33,7 @@ def verify(
     model: Annotated[Optional[list[str]], typer.Option(help="Model presets; by default all of them.")] = None,  # noqa: UP045
     case: Annotated[Optional[list[str]], typer.Option(help="Case lines instead of presets.")] = None,  # noqa: UP045
     tier: Annotated[str, typer.Option(help="quick, full or soak: that tier's cases instead of presets.")] = "",
+    random: Annotated[int, typer.Option(help="This many random cases instead of presets.")] = 0,
     tokens: Annotated[int, typer.Option(help="Tokens per case.")] = 8,
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
     full_size: Annotated[
@@ -46,7 +47,7 @@ def verify(
     from moeproof.harness import report, workers
 
     mode = workers.settle(mode)
-    work = workers.plan(model or [], case or [], tier, tokens, dtype, full_size)
+    work = workers.plan(model or [], case or [], tier, random, tokens, dtype, full_size)
     names = workers.resolve(candidates or [])
     verdicts = report.progress(workers.run(names, work, mode, jobs), len(names) * len(work), json)
     raise typer.Exit(report.verify(verdicts, work, json))
@@ -63,7 +64,7 @@ def replay(
     from moeproof.harness import report, workers
 
     mode = workers.settle(mode)
-    work = workers.plan([], [case], "", 8, "bf16", False)
+    work = workers.plan([], [case], "", 0, 8, "bf16", False)
     names = workers.resolve(candidate or [])
     verdicts = list(workers.run(names, work, mode, 1))
     raise typer.Exit(report.replay(verdicts, json))

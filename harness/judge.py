@@ -36,13 +36,13 @@ class Run:
     error: str = ""
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=1)
 def _inputs(case: Case, device: str) -> Inputs:
     """One oracle and one set of inputs serve all candidates of a session."""
     return make_inputs(case, device)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=2)
 def _expectation(case: Case, device: str, claims: Claims) -> Expectation:
     return Expectation(_inputs(case, device), claims)
 

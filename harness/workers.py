@@ -15,6 +15,7 @@ from moeproof.harness.case import Case, parse_case
 from moeproof.harness.judge import judge
 from moeproof.harness.presets import PRESETS, preset, scaled
 from moeproof.harness.registry import find_candidates, load_candidates
+from moeproof.harness.sample import sample
 from moeproof.harness.tiers import cases_of
 from moeproof.harness.verdict import Verdict
 from moeproof.reference.contract.candidate import Candidate
@@ -31,9 +32,13 @@ def settle(mode: str) -> str:
     return modes.choose(mode)
 
 
-def plan(models: Sequence[str], lines: Sequence[str], tier: str, tokens: int, dtype: str, full_size: bool) -> Work:
-    """What to run: case lines, or a tier, or presets in both layouts. Raises ContractError on anything malformed."""
-    check(not (lines and tier) and not (models and (lines or tier)), "give either --case, --tier or --model")
+def plan(models: Sequence[str], lines: Sequence[str], tier: str, random: int, tokens: int, dtype: str, full_size: bool) -> Work:
+    """What to run: case lines, a tier, random cases, or presets in both layouts. Raises ContractError on anything malformed."""
+    given = [option for option in (models, lines, tier, random) if option]
+    check(len(given) <= 1, "give one of --model, --case, --tier and --random")
+    check(random >= 0, f"random={random} must not be negative")
+    if random:
+        return [("", case) for case in sample(random)]
     if lines:
         return [("", parse_case(line)) for line in lines]
     if tier:

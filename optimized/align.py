@@ -12,6 +12,8 @@ from moeproof.optimized.slots import Slots, local_expert
 
 STEP = 128
 """Slots ranked at once: a STEP x STEP comparison."""
+PROGRAMS = 128
+"""Programs at most, about: each reads the histograms of all."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +108,8 @@ def _place(
 
 
 def _chunks(num_slots: int) -> tuple[int, int]:
-    """(slots per program, programs): at most about 128 programs, since each reads the histograms of all."""
-    chunk = STEP * triton.next_power_of_2(triton.cdiv(num_slots, STEP * 128))
+    """(slots per program, programs)."""
+    chunk = STEP * triton.next_power_of_2(triton.cdiv(num_slots, STEP * PROGRAMS))
     return chunk, triton.cdiv(num_slots, chunk)
 
 

@@ -93,8 +93,9 @@ def exact(gate_up: Tensor, act: Activation) -> Tensor:
     else:
         g, u = gate_up, torch.ones_like(gate_up)
         value = UNGATED[act.name](gate_up)
-    # float64 still resolves silu(-128) = -3e-54; float32 gives 0, and that is the exact answer asked for.
-    return torch.where(_saturated(g, u, act) & (g < 0), 0.0, value)
+    # float64 still resolves silu(-128) = -3e-54 and 32 - silu(32) = 4e-13, enough to break a tie of the final rounding;
+    # float32 gives 0 and 32, and those are the exact answers asked for.
+    return torch.where(_saturated(g, u, act), g.clamp(min=0) * u, value)
 
 
 def error(gate_up: Tensor, value: Tensor, act: Activation, fmt: Format, claims: Claims) -> Tensor:

@@ -114,7 +114,8 @@ def test_claim_covers_an_activation_rounded_at_each_operation(dtype: str) -> Non
     fmt, act = FORMATS[dtype], Activation("swigluoai")
     gate, up = torch.meshgrid(torch.arange(-12, 12, 1 / 32), torch.linspace(-9, 9, 64), indexing="ij")
     gate_up = torch.stack([gate, up], dim=-1).reshape(1, -1).to(fmt.dtype)
-    got = GptOssExperts._apply_gate(SimpleNamespace(limit=act.limit, alpha=act.alpha), gate_up)
+    experts: Any = SimpleNamespace(limit=act.limit, alpha=act.alpha)
+    got = GptOssExperts._apply_gate(experts, gate_up)
 
     value = activate(gate_up, act, fmt, Claims(activation="dtype"))
 

@@ -133,7 +133,7 @@ def test_workers_give_the_same_verdicts(
         (["replay", LINE, "--mode", "sideways"], "mode 'sideways' is not known; allowed: auto, interpret, device"),
         (["verify", "--tier", "huge"], "tier 'huge' is not known; allowed: quick, full, soak"),
         (["verify", "--model", "mixtral-8x7b", "--dtype", "fp4"], "dtype 'fp4' is not known"),
-        (["verify", "--model", "mixtral-8x7b", "--tier", "quick"], "give either --case, --tier or --model"),
+        (["verify", "--model", "mixtral-8x7b", "--tier", "quick"], "give one of --model, --case, --tier and --random"),
     ],
 )
 def test_bad_input_gets_one_clear_message(

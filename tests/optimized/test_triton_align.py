@@ -43,11 +43,12 @@ def test_sorted_by_expert(T: int, K: int, block_m: int, E: int) -> None:
     check(Slots(random_ids(T + E, T, K, E), E, E), block_m)
 
 
-@pytest.mark.parametrize("E", [5, 144])
+@pytest.mark.parametrize("E", [5, 300])
 def test_many_chunks(E: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More programs than are summed at once, several steps in each, and an expert that gets a third of the slots."""
-    monkeypatch.setattr(align_module, "STEP", 16)
-    ids = random_ids(1, 350, 6, E)
+    """Several steps in each program, more programs than are summed at once, and an expert that gets a third of the slots."""
+    monkeypatch.setattr(align_module, "STEP", 8)
+    monkeypatch.setattr(align_module, "PROGRAMS", 32)
+    ids = random_ids(1, 53, 6, E)
     ids[::3] = 1
     check(Slots(ids, E, E), 64)
 

@@ -87,7 +87,7 @@ def test_options(text: str, T: int, E: int, K: int) -> None:
 
 
 @pytest.mark.parametrize("text", GROUPED)
-@pytest.mark.parametrize(("E", "K"), [(60, 4), (12, 4), (160, 8)])
+@pytest.mark.parametrize(("E", "K"), [(60, 4), (16, 4), (160, 8)])
 def test_groups(text: str, E: int, K: int) -> None:
     check(normal(2, 9, E, scale=2), text, K)
 

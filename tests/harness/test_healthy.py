@@ -1,0 +1,75 @@
+"""Healthy candidates on random cases: no alarm. The campaign of 1,000 is a command (docs/results); this is its sample."""
+
+from __future__ import annotations
+
+import pipeline
+import pytest
+
+from moeproof.harness.case import Case, parse_case
+from moeproof.harness.judge import judge
+from moeproof.harness.registry import find_candidates
+from moeproof.harness.sample import draw
+from moeproof.harness.tiers import TIERS, cases_of
+from moeproof.harness.verdict import Outcome
+
+CANDIDATES = {c.name: c for c in find_candidates()}
+INTERPRETED = [c for c in CANDIDATES.values() if c.backend == "triton"]
+PLAIN = [c for c in CANDIDATES.values() if c.backend == "torch"]
+
+
+def test_our_own_candidates_are_found_through_the_entry_point() -> None:
+    assert {"triton", "triton-modular", "triton-batched", "torch-grouped", "eager", "eager-batched"} <= set(CANDIDATES)
+
+
+def _judge(name: str, case: Case) -> None:
+    verdict = judge(CANDIDATES[name], case, "cpu")
+    assert verdict.outcome in (Outcome.PASS, Outcome.UNSUPPORTED), verdict
+
+
+@pytest.mark.parametrize("name", [c.name for c in PLAIN])
+@pytest.mark.parametrize("start", range(0, 80, 20))
+def test_torch_candidates_on_random_cases(name: str, start: int) -> None:
+    for seed in range(start, start + 20):
+        _judge(name, draw(seed))
+
+
+@pytest.mark.parametrize("name", [c.name for c in INTERPRETED])
+@pytest.mark.parametrize("seed", range(1000, 1008))
+def test_interpreted_candidates_on_random_cases(name: str, seed: int) -> None:
+    layout = "batched" if "batched" in name else "standard"
+    _judge(name, draw(seed, layout=layout))
+
+
+def test_every_seed_draws_a_case_that_reads_back() -> None:
+    for seed in range(300):
+        case = draw(seed)
+        assert parse_case(str(case)) == case
+
+
+def test_tiers_contain_each_other() -> None:
+    quick, full = (cases_of(t) for t in ("quick", "full"))
+    assert full[: len(quick)] == quick
+    assert len(full) > 200
+    assert list(TIERS) == ["quick", "full", "soak"]
+
+
+def test_the_sample_covers_every_recipe_and_feature() -> None:
+    drawn = [draw(seed) for seed in range(1000)]
+    for field, values in (("values", 4), ("routing", 8), ("logits", 4)):
+        assert len({getattr(c, field) for c in drawn}) == values
+    problems = [c.problem for c in drawn]
+    assert len({p.act.name for p in problems}) == 12
+    assert len({p.router.score for p in problems}) == 5
+    for flag in ("expert_bias", "weight_on_input", "shared", "inplace"):
+        assert any(getattr(p, flag) for p in problems), flag
+    assert {p.layout for p in problems} == {"standard", "batched"}
+    assert {p.T for p in problems} >= {0, 1, 16, 17, 33}
+
+
+def test_the_plain_pipeline_passes_the_quick_tier() -> None:
+    """The independent pipeline of these tests, which plants the faults, is itself healthy."""
+    supported = [c for c in cases_of("quick") if c.problem.router.score == "softmax"]
+    for case in supported:
+        shown = ("out",)
+        verdict = judge(pipeline.Candidate("plain", lambda i: pipeline.Pipeline()(i)["out"], shows=shown), case, "cpu")
+        assert verdict.outcome is Outcome.PASS, verdict
