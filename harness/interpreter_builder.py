@@ -8,6 +8,7 @@ Each class extends the stock class of the same role; what is not mentioned here 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,7 @@ from moeproof.harness.interpreter_memory import KernelFault, Launch, sessions
 
 Handle = Any  # triton.runtime.interpreter.TensorHandle
 Array = numerics.Array
+_numpy_type = functools.cache(stock._get_np_dtype)  # the stock function builds a table on each call
 
 
 def _is_narrow(handle: Handle) -> bool:
@@ -42,9 +44,9 @@ def _handle(values: Array, dtype: Any, toward_zero: bool = False) -> Handle:
     """Numbers converted to a Triton type, with one rounding."""
     if dtype.name in numerics.NARROW or (toward_zero and dtype.name in numerics.FORMATS):
         floats = values if values.dtype.kind == "f" else values.astype(np.float32)  # as the hardware: int, fp32, bf16
-        data = numerics.encode(floats, dtype.name, toward_zero).view(stock._get_np_dtype(dtype))
+        data = numerics.encode(floats, dtype.name, toward_zero).view(_numpy_type(dtype))
     else:
-        data = values.astype(stock._get_np_dtype(dtype))
+        data = values.astype(_numpy_type(dtype))
     return stock.TensorHandle(data, dtype)
 
 
@@ -66,14 +68,8 @@ def _widened(handle: Handle) -> Handle:
 class Builder(stock.InterpreterBuilder):
     """What a kernel's operations turn into."""
 
-    options: Any
     launch: Launch | None = None
-    _as_atomic = False
-
-    def adopt(self) -> None:
-        """Complete a stock builder whose class was just changed to this one."""
-        # `debug` is what lets device_assert through; integers wrap around silently, as on the device.
-        self.options = dataclasses.replace(self.options, debug=True, sanitize_overflow=False)
+    _atomic: bool | None = None  # inside an atomic load, store or poll: whether it orders programs
 
     # Programs. The executor walks the grid in its natural order; the launch says which program stands there.
 
@@ -91,19 +87,20 @@ class Builder(stock.InterpreterBuilder):
         if self.launch is None:
             return pointers
         lanes = np.asarray(getattr(mask, "data", mask))  # a handle or, from some stock code, a bare array
-        kind = "atomic" if self._as_atomic else operation
-        return stock.TensorHandle(self.launch.access(pointers.data, lanes, size, kind, **more), pointers.dtype)
+        if self._atomic is not None:
+            operation, more["flag"] = "atomic", self._atomic
+        return stock.TensorHandle(self.launch.access(pointers.data, lanes, size, operation, **more), pointers.dtype)
 
     def _atomically(self, compute: Callable[..., Any], *args: Any) -> Any:
-        """Loads and stores inside `compute` count as atomic (Triton 3.9 builds atomic_load and so on from them)."""
-        self._as_atomic = True
+        """Triton 3.9 builds atomic loads, stores and polls from plain ones; their last arguments are sem and scope."""
+        self._atomic = _orders(args[-2])
         try:
             return compute(*args)
         finally:
-            self._as_atomic = False
+            self._atomic = None
 
     def create_masked_load(self, pointers: Handle, mask: Any, *rest: Any, **more: Any) -> Handle:
-        size = stock._get_np_dtype(pointers.get_element_ty()).itemsize
+        size = _numpy_type(pointers.get_element_ty()).itemsize
         return super().create_masked_load(self._checked(pointers, mask, size, "load"), mask, *rest, **more)
 
     def create_masked_store(self, pointers: Handle, value: Handle, mask: Any, *rest: Any, **more: Any) -> Any:
@@ -142,7 +139,7 @@ class Builder(stock.InterpreterBuilder):
         return _handle(np.array([value], dtype=np.float64), tl.bfloat16)
 
     def get_all_ones_value(self, type: Any) -> Handle:
-        return stock.TensorHandle(np.full(1, -1).astype(stock._get_np_dtype(type)), type.scalar)
+        return stock.TensorHandle(np.full(1, -1).astype(_numpy_type(type)), type.scalar)
 
     def cast_impl(self, src: Handle, dst_type: Any) -> Handle:
         return _handle(_values(src), dst_type.scalar)
@@ -193,7 +190,8 @@ class Builder(stock.InterpreterBuilder):
                           rhs_k_pack: bool, acc: Handle) -> Handle:  # fmt: skip
         left = _scaled_operand(lhs, lhs_scale, lhs_format, -1 if lhs_k_pack else -2)
         # The right scales come as [N, K / group]: work on the transposed operand.
-        right = _scaled_operand(_transposed(rhs), rhs_scale, rhs_format, -1 if rhs_k_pack else -2)
+        turned = stock.TensorHandle(np.swapaxes(rhs.data, -1, -2), rhs.dtype)
+        right = _scaled_operand(turned, rhs_scale, rhs_format, -1 if rhs_k_pack else -2)
         return _handle(np.matmul(left, np.swapaxes(right, -1, -2)) + _values(acc), acc.dtype.scalar)
 
     def create_histogram(self, data: Handle, bins: int, mask: Handle | None) -> Handle:
@@ -210,10 +208,6 @@ def _orders(sem: Any) -> bool:
     return bool(sem != stock._ir.MEM_SEMANTIC.RELAXED)
 
 
-def _transposed(handle: Handle) -> Handle:
-    return stock.TensorHandle(np.swapaxes(handle.data, -1, -2), handle.dtype)
-
-
 def _scaled_operand(operand: Handle, scale: Handle | None, form: Any, packed_axis: int) -> Array:
     """float32 [.., rows, K] values of an MX operand times their block scales [.., rows, K / group]."""
     is_fp4 = form == stock._ir.ScaleDotElemTypeTY.E2M1
@@ -227,18 +221,17 @@ def _scaled_operand(operand: Handle, scale: Handle | None, form: Any, packed_axi
 def _narrow_atomic_add(pointers: Handle, value: Handle, mask: Handle) -> Handle:
     """Atomic addition on bf16, lane after lane where lanes share an element; returns the old values."""
     addresses, active = pointers.data.ravel(), np.flatnonzero(np.broadcast_to(mask.data, pointers.data.shape))
-    old = np.zeros(addresses.size, dtype=value.data.dtype)
-    on = np.ones(1, dtype=bool)
+    old, dtype = np.zeros(addresses.size, dtype=value.data.dtype), value.dtype.scalar
     addend = np.broadcast_to(_values(value), pointers.data.shape).ravel()
     while active.size:
         # One lane per element a round: the first of each.
         now = active[np.unique(addresses[active], return_index=True)[1]]
-        lanes = np.broadcast_to(on, now.shape)
-        old[now] = stock._interpreter.load(addresses[now], lanes, old[now], old.dtype)
-        total = _handle(numerics.decode(old[now], value.dtype.scalar.name) + addend[now], value.dtype.scalar)
-        stock._interpreter.store(addresses[now], total.data, lanes)
+        on = np.ones(now.shape, dtype=bool)
+        old[now] = stock._interpreter.load(addresses[now], on, old[now], old.dtype)
+        total = _handle(numerics.decode(old[now], dtype.name) + addend[now], dtype)
+        stock._interpreter.store(addresses[now], total.data, on)
         active = np.setdiff1d(active, now, assume_unique=True)
-    return stock.TensorHandle(old.reshape(pointers.data.shape), value.dtype.scalar)
+    return stock.TensorHandle(old.reshape(pointers.data.shape), dtype)
 
 
 class Reduce(stock.ReduceOps):
@@ -324,7 +317,8 @@ def install() -> None:
     if isinstance(builder, Builder):
         return
     builder.__class__ = Builder
-    builder.adopt()
+    # `debug` lets device_assert through; integers wrap around silently, as on the device.
+    builder.options = dataclasses.replace(builder.options, debug=True, sanitize_overflow=False)
     stock.ReduceOps, stock.ScanOps, stock.GridExecutor = Reduce, Scan, Executor
     _repair_language(builder)
 

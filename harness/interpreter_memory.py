@@ -153,7 +153,7 @@ def _tensors(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _own_elements(shape: tuple[int, ...], strides: tuple[int, ...], span: int) -> Array | None:
-    """Positions between the first and the last element that belong to the view, or None if all do."""
+    """Which of the positions between the first and the last element belong to the view; None if all do."""
     own = np.zeros(span, dtype=bool)
     np.lib.stride_tricks.as_strided(own, shape, strides)[...] = True
     return None if own.all() else own
@@ -190,7 +190,7 @@ class Launch:
         start = tensor.data_ptr()
         # In the middle of the window, for offsets below zero; the low bits stay, for kernels that look at alignment.
         base = (window << WINDOW_BITS) + (1 << (WINDOW_BITS - 1)) + (start & 0xFFF)
-        elements = None if span == tensor.numel() else _own_elements(shape, strides, span)
+        elements = None if tensor.is_contiguous() else _own_elements(shape, strides, span)
         region = Region(name, start, span * itemsize, itemsize, base, elements, shadow)
         self._regions[window] = self._by_argument[id(argument)] = region
 

@@ -1,5 +1,8 @@
 """PERMUTE: a stable counting sort of slots by expert, in two launches of static size (graph-capturable, no host sync)."""
 
+# Device code has no annotations: Triton gives its arguments their types at each launch.
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -123,21 +126,23 @@ def align(slots: Slots, block_m: int) -> Alignment:
     # A non-empty expert wastes at most block_m - 1 rows, and there are at most min(S, e) of them.
     B = (S + min(S, e) * (block_m - 1)) // block_m
     P = B * block_m
-    like = {"dtype": torch.int32, "device": slots.ids.device}
+    rows, blocks, padded, counts = (torch.empty(n, dtype=torch.int32, device=slots.ids.device) for n in (P, B, 1, e))
+    result = Alignment(rows, blocks, padded, counts, block_m)
     if S == 0:
-        return Alignment(*(torch.zeros(n, **like) for n in (0, 0, 1, e)), block_m)
-    result = Alignment(*(torch.empty(n, **like) for n in (P, B, 1, e)), block_m)
+        padded.zero_()
+        counts.zero_()
+        return result
     chunk, num_chunks = _chunks(S)
     ep = _experts_padded(e)
-    histogram = torch.empty(num_chunks, ep, **like)
-    fill = triton.cdiv(triton.cdiv(P, num_chunks), 1024) * 1024
-    blocks = min(triton.next_power_of_2(triton.cdiv(B, num_chunks)), max(1, 4096 // ep))
-    _count[(num_chunks,)](histogram, result.sorted_slots, S, P, *slots.arguments, CHUNK=chunk, FILL=fill, EP=ep, STEP=STEP)
+    histogram = torch.empty(num_chunks, ep, dtype=torch.int32, device=slots.ids.device)
+    # Powers of two, so that few sizes are compiled: each program fills `fill` rows with padding and maps `map_size` blocks.
+    fill = max(triton.next_power_of_2(triton.cdiv(P, num_chunks)), 1024)
+    map_size = triton.next_power_of_2(triton.cdiv(B, num_chunks))
+    per_step = min(map_size, max(1, 4096 // ep))
+    _count[(num_chunks,)](histogram, rows, S, P, *slots.arguments, CHUNK=chunk, FILL=fill, EP=ep, STEP=STEP)
     _place[(num_chunks,)](
-        histogram, result.sorted_slots, result.counts, result.block_expert, result.num_padded, S, num_chunks, B, 0,
-        *slots.arguments,
-        BLOCK_M=block_m, CHUNK=chunk, MAP=triton.cdiv(triton.cdiv(B, num_chunks), blocks) * blocks, EP=ep, STEP=STEP,
-        ROWS=max(1, 4096 // ep), BLOCKS=blocks,
+        histogram, rows, counts, blocks, padded, S, num_chunks, B, 0, *slots.arguments,
+        BLOCK_M=block_m, CHUNK=chunk, MAP=map_size, EP=ep, STEP=STEP, ROWS=max(1, 4096 // ep), BLOCKS=per_step,
     )  # fmt: skip
     return result
 

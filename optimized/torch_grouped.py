@@ -5,6 +5,8 @@ An independent second implementation: it shares no code with the Triton path.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -36,7 +38,7 @@ def unsupported(problem: Problem) -> str | None:
 def activation(x: torch.Tensor, act: Activation) -> torch.Tensor:
     """float32 (.., I) of float32 pre-activations (.., N)."""
     name, alpha, beta, limit = act.name, act.alpha, act.beta, act.limit
-    simple = {
+    simple: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         "silu": F.silu,
         "gelu": F.gelu,
         "gelu_tanh": lambda g: F.gelu(g, approximate="tanh"),

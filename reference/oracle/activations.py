@@ -102,8 +102,9 @@ def error(gate_up: Tensor, value: Tensor, act: Activation, fmt: Format, claims: 
     """Error of float32 arithmetic before the final rounding.
 
     12 u |a| for the chain of operations. The argument of exp carries a relative u, which becomes |x| u in the result:
-    (|g| + ..) u |a|. The gelus add 1 to erf or tanh, which loses relative accuracy in the negative tail:
-    4 u |g||u|. Exactly saturated gates (g = 0, or exp and tanh beyond float32) are exact, see _saturated.
+    (|g| + ..) u |a|; alpha g carries two, its own rounding and that of alpha. The gelus add 1 to erf or tanh, which loses
+    relative accuracy in the negative tail: 4 u |g||u|. Exactly saturated gates (g = 0, or exp and tanh beyond float32) are
+    exact, see _saturated.
     """
     if act.gated:
         g, u = split(gate_up, act)
@@ -112,7 +113,7 @@ def error(gate_up: Tensor, value: Tensor, act: Activation, fmt: Format, claims: 
     if act.name in ("relu_no_mul", "relu2_no_mul"):
         result = (2 * U32 if act.name == "relu2_no_mul" else 0.0) * value.abs()
     else:
-        steepness = act.alpha or 1.0
+        steepness = 1.0 if act.alpha is None else 2 * act.alpha
         result = (12 + steepness * g.abs()) * U32 * value.abs() + TINY * (1 + u.abs())
         if act.name.startswith("gelu"):
             result = result + 4 * U32 * (g * u).abs()

@@ -16,7 +16,8 @@ from moeproof.reference.contract.schemes import Format
 U32 = 2.0**-24
 U64 = 2.0**-53
 EXACT_TERMS = 2.0**24
-"""A float32 holds every multiple of q up to 2^24 q."""
+"""A float32 holds every multiple of q up to 2^24 q, for q from its least subnormal on and below its overflow."""
+LEAST, OVERFLOW = 2.0**-149, 2.0**128
 
 
 def accumulator(length: int, fmt: Format, claims: Claims) -> float:
@@ -36,15 +37,20 @@ def accumulator(length: int, fmt: Format, claims: Claims) -> float:
     return c * U32
 
 
+def proved_exact(S: torch.Tensor, quantum: float) -> torch.Tensor:
+    """bool: sums of multiples of `quantum` whose magnitudes add up to S never round in float32, in whatever order."""
+    if not quantum >= LEAST:
+        return torch.zeros_like(S, dtype=torch.bool)
+    return (EXACT_TERMS * quantum >= S) & (S < OVERFLOW)
+
+
 def dot_error(S: torch.Tensor, exact: torch.Tensor, length: int, quantum: float, fmt: Format, claims: Claims) -> torch.Tensor:
     """Error of the dot products `exact` with magnitudes S; 0 where every partial sum is proved exact.
 
     Beside the accumulator: 6 u |y| for scale and weight multiplications, and the float64 oracle's own error.
     """
     error = accumulator(length, fmt, claims) * S + 6 * U32 * exact.abs() + length * U64 * S
-    if claims.accumulate != "fp32" or quantum <= 0:
-        return error
-    return torch.where(EXACT_TERMS * quantum >= S, 0.0, error)
+    return torch.where(proved_exact(S, quantum), 0.0, error) if claims.accumulate == "fp32" else error
 
 
 def combine_error(S: torch.Tensor, terms: int, quantum: float, fmt: Format, claims: Claims) -> torch.Tensor:
@@ -52,5 +58,4 @@ def combine_error(S: torch.Tensor, terms: int, quantum: float, fmt: Format, clai
     if claims.combine == "dtype" and fmt.name != "fp32":
         # Weight, product and each addition rounded to the stored dtype.
         return (terms + 2) * fmt.unit * S
-    error = (terms + 2) * U32 * S
-    return torch.where(EXACT_TERMS * quantum >= S, 0.0, error) if quantum > 0 else error
+    return torch.where(proved_exact(S, quantum), 0.0, (terms + 2) * U32 * S)

@@ -71,8 +71,9 @@ class Crossed:
 CROSSED = [Crossed(front, back) for front in PAIRS for back in PAIRS if front.layout == back.layout]
 every_pair = pytest.mark.parametrize("pair", CROSSED, ids=str)
 """Every prepare/finalize with every experts class of its layout."""
+every_shipped_pair = pytest.mark.parametrize("pair", [c for c in CROSSED if c.front is c.back], ids=str)
 every_part = pytest.mark.parametrize("part", PAIRS, ids=lambda p: p.name)
-"""Every pair as it is shipped: for tests of one half alone."""
+"""One half alone."""
 every_router = pytest.mark.parametrize("router", ROUTERS, ids=lambda c: c.name)
 every_layer = pytest.mark.parametrize("layer", LAYERS, ids=lambda c: c.name)
 
@@ -310,9 +311,7 @@ def payload(inputs: Inputs) -> Inputs:
 
 def found(rows_eCH: Tensor, counts: Tensor) -> list[tuple[int, int]]:
     """Sorted (token, local expert) of every valid row that carries a payload."""
-    return sorted(
-        (int(rows_eCH[e, i, 0]) - 1, e) for e, count in enumerate(counts.tolist()) for i in range(count)
-    )
+    return sorted((int(rows_eCH[e, i, 0]) - 1, e) for e, count in enumerate(counts.tolist()) for i in range(count))
 
 
 def finalize(

@@ -1,6 +1,6 @@
 """The definition of `out` for whole-layer candidates: shared, identity and latent terms, and the factor on the sum.
 
-    out = scale_on_sum * (sum over live slots of w * y + sum over identity slots of w * x) + shared(x) * sigmoid(x . gate)
+out = scale_on_sum * (sum over live slots of w * y + sum over identity slots of w * x) + shared(x) * sigmoid(x . gate)
 """
 
 from collections.abc import Mapping
@@ -72,7 +72,9 @@ def out64(inputs: Inputs) -> torch.Tensor:
 @pytest.mark.parametrize("name", PARTS)
 def test_decision_accumulation_definition_of_out(layer: Candidate, name: str) -> None:
     """float32, where the rounding of the stages is 2^-13 of the outputs: a missing or doubled term is of their size."""
-    inputs = case(values="normal", dtype="fp32", H=24, I=16, **({"latent": 14} | PARTS[name] if "latent" in name else PARTS[name]))
+    inputs = case(
+        values="normal", dtype="fp32", H=24, I=16, **({"latent": 14} | PARTS[name] if "latent" in name else PARTS[name])
+    )
     if layer.supports(inputs.problem) is not None:
         assert layer.name != "eager-stages", layer.supports(inputs.problem)
         return

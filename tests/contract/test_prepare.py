@@ -100,9 +100,7 @@ def test_s08_s21_scales_are_refused_by_name_while_unquantised(part: Pair, name: 
 
 @every_part
 @every_routing
-def test_s09_f02_f04_counts_are_int32_local_and_of_slots(
-    part: Pair, routing: str, ep: int, rank: int, placement: str
-) -> None:
+def test_s09_f02_f04_counts_are_int32_local_and_of_slots(part: Pair, routing: str, ep: int, rank: int, placement: str) -> None:
     inputs = ranked(part, routing, ep, rank, placement)
 
     counts = prepare(part.prepare_finalize(inputs), inputs)[2]
@@ -143,7 +141,9 @@ def test_s10_each_live_slot_is_dispatched_once_and_nothing_else(
     # Standard: row i of a1q goes with row i of the ids, dispatched or original.
     ids = inputs.topk_ids if ids is None else ids
     weights = inputs.topk_weights if weights is None else weights
-    got = sorted((int(a1q[i, 0]) - 1, e, float(w)) for i in range(len(ids)) for e, w in zip(ids[i].tolist(), weights[i]) if e >= 0)
+    got = sorted(
+        (int(a1q[i, 0]) - 1, e, float(w)) for i in range(len(ids)) for e, w in zip(ids[i].tolist(), weights[i]) if e >= 0
+    )
     want = sorted(
         (t, e, float(w))
         for t in range(len(inputs.topk_ids))

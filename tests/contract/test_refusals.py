@@ -5,7 +5,17 @@ from collections.abc import Callable
 import pytest
 
 from moeproof.harness.case import parse_case
-from moeproof.reference.contract import Activation, Candidate, Claims, ContractError, Pair, Problem, Router, expert_map, local_experts
+from moeproof.reference.contract import (
+    Activation,
+    Candidate,
+    Claims,
+    ContractError,
+    Pair,
+    Problem,
+    Router,
+    expert_map,
+    local_experts,
+)
 
 BASE = {"T": 5, "H": 20, "I": 12, "E": 7, "K": 3}
 
@@ -61,7 +71,7 @@ CASES = {
     "lacks I, E, K": lambda: parse_case("T=5,H=20"),
     "given twice": lambda: parse_case("T=5,T=6,H=20,I=12,E=7,K=3"),
     "case key 'X' is not known": lambda: parse_case("X=1,T=5,H=20,I=12,E=7,K=3"),
-    "E='seven' is not a int": lambda: parse_case("T=5,H=20,I=12,E=seven,K=3"),
+    "E='seven' is not a": lambda: parse_case("T=5,H=20,I=12,E=seven,K=3"),
     "routing 'best'": lambda: parse_case("T=5,H=20,I=12,E=7,K=3,routing=best"),
     "seed='-1'": lambda: parse_case("T=5,H=20,I=12,E=7,K=3,seed=-1"),
     "is not 0 or 1": lambda: parse_case("T=5,H=20,I=12,E=7,K=3,inplace=yes"),

@@ -104,8 +104,11 @@ def check(router: Candidate, inputs: Inputs, rel: float = 2.0**-17) -> None:
 
 
 def make(text: str, **fields: Any) -> Inputs:
+    """No slot of the case is routed: candidates that run the whole layer spend no time on experts."""
     logits = fields.pop("logits", None)
-    inputs = case(values="normal", **({"E": 8, "K": 4, "T": 6, "router": Router.parse(text)} | fields))
+    inputs = case(
+        values="normal", routing="none", **({"H": 8, "I": 8, "E": 8, "K": 4, "T": 6, "router": Router.parse(text)} | fields)
+    )
     if logits is not None:
         inputs = inputs.map({"logits": torch.tensor(logits, dtype=torch.float32, device=DEVICE)})
     return inputs
@@ -184,7 +187,9 @@ BAD_ROWS = {
 
 
 @every_router
-@pytest.mark.parametrize("text", ["softmax:renorm=sum", "sigmoid:bias:groups=4/2:top2:renorm=sum", "softmax_topk", "sqrtsoftplus"])
+@pytest.mark.parametrize(
+    "text", ["softmax:renorm=sum", "sigmoid:bias:groups=4/2:top2:renorm=sum", "softmax_topk", "sqrtsoftplus"]
+)
 def test_decision_nan_inf_f08_rows_are_total_and_others_do_not_notice(router: Candidate, text: str) -> None:
     clean = [[0.5, -1.0, 2.0, 3.0, -2.0, 0.25, 1.0, 0.0], [2.0, 1.5, -3.0, 0.5, 4.0, 3.5, 0.75, -0.5]]
     finite = routed(router, make(text, T=2, logits=clean))
@@ -220,7 +225,9 @@ def test_decision_nan_inf_sparsemixer_names_two_experts(router: Candidate) -> No
 
 
 @every_router
-@pytest.mark.parametrize("text", ["sigmoid:renorm=sum", "sigmoid:renorm=floor/1e-12", "sqrtsoftplus:renorm=sum", "softmax:renorm=sum"])
+@pytest.mark.parametrize(
+    "text", ["sigmoid:renorm=sum", "sigmoid:renorm=floor/1e-12", "sqrtsoftplus:renorm=sum", "softmax:renorm=sum"]
+)
 def test_decision_renormalisation_f08_finite_logits_give_finite_weights(router: Candidate, text: str) -> None:
     logits = [[-100.0 - i for i in range(8)], [-1e4] * 8, [-LARGEST, LARGEST, 0, 1, 2, 3, 4, 5], [LARGEST] * 8]
 

@@ -112,6 +112,13 @@ def test_holes_of_a_strided_view() -> None:
     assert (fault.operation, fault.tensor, fault.byte_offset, fault.element) == ("load", "x_ptr", 16, 4)
 
 
+def test_holes_of_a_view_that_also_repeats() -> None:
+    """Four positions, four elements, and yet only the first and the last are the view's own."""
+    view = torch.arange(4.0).as_strided((2, 2), (0, 3))
+
+    assert fault_of(shift, (1,), view, torch.zeros(4), 4, 0, 4).byte_offset == 4
+
+
 def test_transposed_and_expanded_views_have_no_holes() -> None:
     x, out = torch.arange(32.0).view(4, 8), torch.empty(8, 4)
 
@@ -452,6 +459,24 @@ if hasattr(tl, "atomic_load"):  # Triton 3.9
 
         assert out.item() == 3
         assert log.launches[0].atomics == 9
+
+    @triton.jit
+    def pass_on(data_ptr, flag_ptr, out_ptr, SEM: tl.constexpr):
+        if tl.program_id(0) == 0:
+            tl.store(data_ptr, 42)
+            tl.atomic_store(flag_ptr, 1)
+        else:
+            tl.atomic_poll(flag_ptr, 1, sem=SEM)
+            tl.store(out_ptr, tl.load(data_ptr))
+
+    def test_a_released_flag_orders_the_data_behind_it() -> None:
+        data, flag, out = (torch.zeros(1, dtype=torch.int32) for _ in range(3))
+
+        pass_on[(2,)](data, flag, out, "acquire")
+
+        assert out.item() == 42
+        fault = fault_of(pass_on, (2,), data, flag, out, "relaxed")
+        assert (fault.operation, fault.tensor) == ("race", "data_ptr")
 
 
 # Order.

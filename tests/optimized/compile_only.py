@@ -24,9 +24,8 @@ from triton.runtime import driver
 
 from moeproof.optimized import dispatch, experts, layer, prepare_finalize, tiles
 from moeproof.optimized.activation import activate
-from moeproof.optimized.align import align
+from moeproof.optimized.align import Alignment
 from moeproof.optimized.grouped_gemm import grouped_gemm
-from moeproof.optimized.slots import Slots
 from moeproof.reference.contract import Activation, Inputs, Problem
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -99,6 +98,7 @@ def problem(line: str) -> Problem:
 
 
 MODELS = {
+    "every size 1": "T=1,H=1,I=1,E=1,K=1,dtype=fp16,shared=1,shared_gate=1,expert_bias=1,weight_on_input=1",
     "qwen3 decode": "T=16,H=2048,I=768,E=128,K=8,router=softmax:renorm=sum",
     "qwen3 small batch": "T=512,H=2048,I=768,E=128,K=8,router=softmax:renorm=sum",
     "qwen3 medium batch": "T=1024,H=2048,I=768,E=128,K=8,router=softmax:renorm=sum",
@@ -143,8 +143,9 @@ def every_tile() -> None:
     for dtype, block_m in itertools.product(("bf16", "fp32"), (16, 32, 64, 128)):
         Driver.case = f"tile {tiles.table(problem(f'T=1,H=1,I=1,E=1,K=1,dtype={dtype}').fmt.dtype)[block_m]} {dtype}"
         x = inputs(problem(f"T={block_m},H=512,I=512,E=1,K=1,dtype={dtype}"))
+        rows, one = torch.empty(block_m, dtype=torch.int32), torch.empty(1, dtype=torch.int32)
         out = torch.empty(block_m, 1024, dtype=x.hidden_states.dtype)
-        grouped_gemm(x.hidden_states, x.w1, out, align(Slots(x.topk_ids, 1, 1), block_m), 1)
+        grouped_gemm(x.hidden_states, x.w1, out, Alignment(rows, one, one, one, block_m), 1)
 
 
 def every_activation() -> None:
