@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import sys
 import time
@@ -82,7 +81,7 @@ def _write(path: Path, verdicts: list[Verdict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".part")
     temporary.write_text(json.dumps(record, indent=1))
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def _triton() -> str:

@@ -34,7 +34,7 @@ def verify(
     case: Annotated[Optional[list[str]], typer.Option(help="Case lines instead of presets.")] = None,  # noqa: UP045
     tier: Annotated[str, typer.Option(help="quick, full or soak: that tier's cases instead of presets.")] = "",
     random: Annotated[int, typer.Option(help="This many random cases instead of presets.")] = 0,
-    tokens: Annotated[int, typer.Option(help="Tokens per case.")] = 8,
+    tokens: Annotated[int, typer.Option(help="Tokens per case.")] = 4,
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
     full_size: Annotated[
         bool, typer.Option("--full-size", help="True dimensions instead of scaled twins (a GPU's work).")
@@ -64,7 +64,7 @@ def replay(
     from moeproof.harness import report, workers
 
     mode = workers.settle(mode)
-    work = workers.plan([], [case], "", 0, 8, "bf16", False)
+    work = workers.plan([], [case], "", 0, 4, "bf16", False)
     names = workers.resolve(candidate or [])
     verdicts = list(workers.run(names, work, mode, 1))
     raise typer.Exit(report.replay(verdicts, json))

@@ -49,7 +49,7 @@ def make_inputs(case: Case, device: torch.device | str = "cpu") -> Inputs:
         w2=weights("w2", p.hidden, p.I, make_w2),
         expert_map=None if mapping is None else mapping.to(device),
         logits=routing.logits(p, case.logits, stream("logits")),
-        **_extras(case, stream),  # type: ignore[arg-type]
+        **_extras(case, stream),
     )
     if case.routing == "router":
         choice = route(inputs)

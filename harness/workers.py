@@ -22,6 +22,8 @@ from moeproof.reference.contract.candidate import Candidate
 from moeproof.reference.contract.errors import check, known
 from moeproof.reference.contract.problem import DTYPES, LAYOUTS
 
+TWIN_EXPERTS, TWIN_WIDTH = 8, 128
+"""Size of the scaled twins that `verify` runs: all presets in both layouts within three minutes on two interpreting cores."""
 Work = list[tuple[str, Case]]
 """(label, case): the label is a model's name, or empty."""
 
@@ -48,7 +50,7 @@ def plan(models: Sequence[str], lines: Sequence[str], tier: str, random: int, to
     work: Work = []
     for name in models or PRESETS:
         problem = preset(name)
-        problem = replace(problem, T=tokens) if full_size else scaled(problem, T=tokens)
+        problem = replace(problem, T=tokens) if full_size else scaled(problem, tokens, TWIN_EXPERTS, TWIN_WIDTH)
         for layout in LAYOUTS:
             work.append((name, Case(replace(problem, dtype=dtype, layout=layout))))
     return work

@@ -96,8 +96,9 @@ def select(choice: Tensor, margin: Tensor, router: Router, k: int) -> tuple[Tens
     worst_kept = torch.where(keep, group_score - slack, torch.inf).amin(dim=-1)
     best_lost = torch.where(keep, -torch.inf, group_score + slack).amax(dim=-1)
     mask = keep.repeat_interleave(E // router.groups, dim=1)
-    rejected = -torch.inf if router.rejected == "neginf" else 0.0
-    return top(torch.where(mask, choice, rejected), k), torch.where(mask, choice, rejected), best_lost >= worst_kept
+    # What has no finite logit stays -inf: a 0 would prefer it to negative scores, and to lower ids in a row without any.
+    rejected = torch.where(mask | choice.isneginf(), choice, -torch.inf if router.rejected == "neginf" else 0.0)
+    return top(rejected, k), rejected, best_lost >= worst_kept
 
 
 def renormalise(w: Tensor, error: Tensor, router: Router) -> tuple[Tensor, Tensor]:
@@ -116,20 +117,23 @@ def renormalise(w: Tensor, error: Tensor, router: Router) -> tuple[Tensor, Tenso
     return w / norm, error / norm + relative * w.abs() / norm
 
 
-def _sparsemixer(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """ids, weights (T, 2) and error: two rounds of "take the best, mask what is far below it, softmax the rest"."""
-    ids, weights = [], []
+def _sparsemixer(x: Tensor, noise: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """ids, weights (T, 2) and error: two rounds of "take the best, mask what is far below it, softmax the rest".
+
+    Both winners are taken at once: a row with fewer than two finite logits still names two experts.
+    """
+    ids = top(x, 2)
+    weights = []
     rest = x
-    for _ in range(2):
-        best, index = rest.max(dim=-1, keepdim=True)
-        index = top(rest, 1)
+    for index in ids.split(1, dim=1):
+        best = rest.gather(1, index)
         gap = (best - x) / torch.maximum(x.abs(), best)
         masked = torch.where((gap > 2 * eps) | rest.isneginf(), -torch.inf, rest)
         weights.append(_softmax(masked).gather(1, index))
-        ids.append(index)
         rest = rest.scatter(1, index, -torch.inf)
     w = torch.cat(weights, dim=1)
-    return torch.cat(ids, dim=1), w, (16 + x.abs().amax(dim=-1, keepdim=True).nan_to_num(posinf=0.0)) * U32 * w + TINY
+    relative = (16 + x.abs().nan_to_num(posinf=0.0).amax(dim=-1, keepdim=True)) * U32 + 2 * noise.amax(-1, keepdim=True)
+    return ids, w, relative * w + TINY
 
 
 def route(inputs: Inputs) -> Selection:
@@ -148,7 +152,7 @@ def route(inputs: Inputs) -> Selection:
     else:
         choice = torch.where(x.isneginf(), -torch.inf, choice)
     if router.score == "sparsemixer":
-        ids, weights, error = _sparsemixer(x, router.jitter_eps)
+        ids, weights, error = _sparsemixer(x, noise, router.jitter_eps)
         open_groups = _near_threshold(x, router.jitter_eps)
     else:
         ids, choice, open_groups = select(choice, margin, router, p.K)
@@ -166,7 +170,8 @@ def route(inputs: Inputs) -> Selection:
     weights, error = weights * router.scale, error * abs(router.scale) + 2 * U32 * (weights * router.scale).abs()
     if router.expert_scale:
         assert inputs.expert_scale is not None
-        factor = inputs.expert_scale.double()[ids.clamp(max=p.E - 1)]
+        # Identity experts have no learned factor.
+        factor = torch.where(ids < p.E, inputs.expert_scale.double()[ids.clamp(max=p.E - 1)], 1.0)
         weights, error = weights * factor, error * factor.abs() + U32 * (weights * factor).abs()
     if router.fused_shared:
         extra = torch.arange(p.E, p.weight_experts, device=ids.device).expand(ids.shape[0], -1)

@@ -1,7 +1,7 @@
 """moeproof: proves Mixture-of-Experts kernels right.
 
-    from moeproof import verify
-    verify(my_moe).raise_for_failures()
+from moeproof import verify
+verify(my_moe).raise_for_failures()
 """
 
 from typing import TYPE_CHECKING, Any

@@ -25,7 +25,7 @@ def run(part: Pair, name: str, dtype: torch.dtype = torch.float32) -> torch.Tens
 
 @every_part
 def test_s15_silu_of_the_first_half_times_the_second(part: Pair) -> None:
-    want = [g / (1 + math.exp(-g)) * u for g, u in zip(GATES, UPS)]
+    want = [g / (1 + math.exp(-g)) * u for g, u in zip(GATES, UPS, strict=True)]
 
     assert run(part, "silu")[0].tolist() == pytest.approx(want, rel=2.0**-20)
 
@@ -33,7 +33,7 @@ def test_s15_silu_of_the_first_half_times_the_second(part: Pair) -> None:
 @every_part
 def test_s15_gelu_is_the_erf_form(part: Pair) -> None:
     """The tanh form is 4.7e-4 away at -2.7."""
-    want = [0.5 * g * math.erfc(-g / math.sqrt(2)) * u for g, u in zip(GATES, UPS)]
+    want = [0.5 * g * math.erfc(-g / math.sqrt(2)) * u for g, u in zip(GATES, UPS, strict=True)]
 
     assert run(part, "gelu")[0].tolist() == pytest.approx(want, rel=2.0**-20, abs=2.0**-20)
 

@@ -142,12 +142,15 @@ def test_s10_each_live_slot_is_dispatched_once_and_nothing_else(
     ids = inputs.topk_ids if ids is None else ids
     weights = inputs.topk_weights if weights is None else weights
     got = sorted(
-        (int(a1q[i, 0]) - 1, e, float(w)) for i in range(len(ids)) for e, w in zip(ids[i].tolist(), weights[i]) if e >= 0
+        (int(a1q[i, 0]) - 1, e, float(w))
+        for i in range(len(ids))
+        for e, w in zip(ids[i].tolist(), weights[i], strict=True)
+        if e >= 0
     )
     want = sorted(
         (t, e, float(w))
         for t in range(len(inputs.topk_ids))
-        for e, w in zip(inputs.topk_ids[t].tolist(), inputs.topk_weights[t])
+        for e, w in zip(inputs.topk_ids[t].tolist(), inputs.topk_weights[t], strict=True)
         if e >= 0
     )
     assert got == want

@@ -39,7 +39,7 @@ def row64(logits: list[float], r: Router, K: int, bias: list[float] | None, tabl
         "sqrtsoftplus": lambda v: math.sqrt(max(v, 0.0) + math.log1p(math.exp(-abs(v)))),
     }[r.score]
     s = [score(v) for v in x]
-    choice = [a + b for a, b in zip(s, bias)] if bias else list(s)
+    choice = [a + b for a, b in zip(s, bias, strict=True)] if bias else list(s)
     size = len(x) // r.groups if r.groups else len(x)
     members = [list(range(g, g + size)) for g in range(0, len(x), size)]
 
@@ -72,7 +72,7 @@ def row64(logits: list[float], r: Router, K: int, bias: list[float] | None, tabl
         "lp": sum(v**r.renorm_value for v in w) ** (1 / r.renorm_value) if r.renorm == "lp" else 1.0,
     }[r.renorm]
     assert len(set(ids)) == K
-    return {i: v / norm * r.scale for i, v in zip(ids, w)}
+    return {i: v / norm * r.scale for i, v in zip(ids, w, strict=True)}
 
 
 def sparsemixer64(x: list[float], eps: float) -> dict[int, float]:
@@ -97,7 +97,7 @@ def check(router: Candidate, inputs: Inputs, rel: float = 2.0**-17) -> None:
         if inputs.expert_scale is not None:
             want = {i: w * float(inputs.expert_scale[i]) for i, w in want.items()}
         want |= {i: 1.0 for i in range(p.E, p.weight_experts) if r.fused_shared}
-        got = dict(zip(ids[t], weights[t]))
+        got = dict(zip(ids[t], weights[t], strict=True))
         assert got.keys() == want.keys(), f"token {t}: {sorted(got)}, want {sorted(want)}"
         for i, w in want.items():
             assert got[i] == pytest.approx(w, rel=rel, abs=2.0**-100), f"token {t}, expert {i}"
@@ -203,13 +203,13 @@ def test_decision_nan_inf_f08_rows_are_total_and_others_do_not_notice(router: Ca
         assert all(0 <= i < 8 for i in row)
     if not router.claims.total_router:
         return
-    by_name = dict(zip(BAD_ROWS, zip(ids[1:-1], weights[1:-1])))
+    by_name = dict(zip(BAD_ROWS, zip(ids[1:-1], weights[1:-1], strict=True), strict=False))
     for name in ("all NaN", "all -inf"):
         assert sorted(by_name[name][0]) == [0, 1, 2, 3]
         assert by_name[name][1] == [0.0] * 4
     for name, (row_ids, row_weights) in by_name.items():
         assert all(math.isfinite(w) for w in row_weights), name
-        for i, w in zip(row_ids, row_weights):
+        for i, w in zip(row_ids, row_weights, strict=True):
             assert w == 0 or BAD_ROWS[name][i] > -INF, f"{name}: expert {i} has weight {w}"
     assert {3, 6} <= set(by_name["two finite"][0]) or "groups" in text
     assert 2 in by_name["one inf"][0]
@@ -219,7 +219,7 @@ def test_decision_nan_inf_f08_rows_are_total_and_others_do_not_notice(router: Ca
 def test_decision_nan_inf_sparsemixer_names_two_experts(router: Candidate) -> None:
     ids, weights = routed(router, make("sparsemixer", K=2, T=len(BAD_ROWS), logits=list(BAD_ROWS.values())))
 
-    for row_ids, row_weights in zip(ids, weights):
+    for row_ids, row_weights in zip(ids, weights, strict=True):
         assert len(set(row_ids)) == 2
         assert all(math.isfinite(w) for w in row_weights)
 

@@ -51,12 +51,12 @@ def test_s14_decision_workspaces_contents_never_matter_and_guards_stay(part: Pai
             fill(buffer)
             guarded.append(buffer)
         before = [buffer.clone().view(torch.uint8) for buffer in guarded]
-        spaces = {name: b[GUARD:-GUARD] for name, b in zip(("workspace13", "workspace2"), guarded)}
+        spaces = {name: b[GUARD:-GUARD] for name, b in zip(("workspace13", "workspace2"), guarded, strict=True)}
 
         got = apply(part, inputs, **spaces)
 
         same(got.y, plain.y)
-        for buffer, old in zip(guarded, before):
+        for buffer, old in zip(guarded, before, strict=True):
             now, edge = buffer.view(torch.uint8), 2 * GUARD
             assert torch.equal(now[:edge], old[:edge])
             assert torch.equal(now[-edge:], old[-edge:])

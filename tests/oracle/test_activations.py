@@ -118,7 +118,9 @@ def worst(act: Activation, g: Tensor, u: Tensor, out: Format, claims: Claims) ->
 @pytest.mark.parametrize("out", ["same", "fp32"])
 @pytest.mark.parametrize("name", ["bf16", "fp16"])
 @pytest.mark.parametrize("text", DISTINCT)
-def test_float32_stays_within_the_bound_for_every_gate(text: str, name: str, out: str, record_property: pytest.RecordProperty) -> None:
+def test_float32_stays_within_the_bound_for_every_gate(
+    text: str, name: str, out: str, record_property: pytest.RecordProperty
+) -> None:
     """Exhaustive over gates; and the bound is no more than 100 times what was seen, or it would say nothing."""
     act = ACTS[text]
     g, u = all_pairs(name, act)

@@ -148,7 +148,9 @@ def test_weaker_claims_widen_as_stated() -> None:
     for fmt in (fp32, bf16, fp16):
         for K in (1, 2, 16, 4096):
             for claim in (tf32, dtype):
-                assert accumulator(K, fmt, claim) >= (K * U32 if fmt is fp32 and claim is dtype else accumulator(K, fmt, DEFAULT))
+                assert accumulator(K, fmt, claim) >= (
+                    K * U32 if fmt is fp32 and claim is dtype else accumulator(K, fmt, DEFAULT)
+                )
 
 
 def test_tf32_and_dtype_arithmetic_need_and_get_their_claims() -> None:
@@ -165,7 +167,8 @@ def test_tf32_and_dtype_arithmetic_need_and_get_their_claims() -> None:
         dtype = (dtype.float() + (a * b).float()).bfloat16()
     for got, want, fmt, claim in ((tf32, S, "fp32", "tf32"), (dtype.double(), S16, "bf16", "dtype")):
         granted, default = (
-            dot_error(want, want, K, 0.0, FORMATS[fmt], Claims(accumulate=c)) for c in (claim, "fp32")  # type: ignore[arg-type]
+            dot_error(want, want, K, 0.0, FORMATS[fmt], Claims(accumulate=c))
+            for c in (claim, "fp32")  # type: ignore[arg-type]
         )
         assert bool(((got - want).abs() <= granted).all()), claim
         assert bool(((got - want).abs() > default).any()), claim
@@ -227,7 +230,7 @@ def test_products_below_float32_are_not_proved_exact() -> None:
     x = torch.full((1, 4), 2.0**-75, dtype=torch.float64)
     S = (x * x).sum(-1)
     quantum = lowest_bit(x) ** 2
-    got = ORDERS["sequential"]((x.float() * x.float()))
+    got = ORDERS["sequential"](x.float() * x.float())
 
     assert float(got) == 0 and float(S.float()) == 2.0**-148
     assert bool((dot_error(S, S, 4, quantum, FORMATS["fp32"], DEFAULT) > 0).all())

@@ -143,7 +143,10 @@ def test_isolated_stages_agree_with_the_scalar_layer(name: str) -> None:
 
     h = activate(seen, p.act, fmt, CLAIMS, live)
     want_h = layer.h(by_slot(seen, live))
-    agrees(Value(torch.where(live[..., None], h.value, 0.0), h.bound.nan_to_num(nan=0.0), None, fmt), scattered(want_h, inputs, p.I))
+    agrees(
+        Value(torch.where(live[..., None], h.value, 0.0), h.bound.nan_to_num(nan=0.0), None, fmt),
+        scattered(want_h, inputs, p.I),
+    )
     seen = shown(h.value)
 
     y = gemm2(inputs, seen, fmt, CLAIMS)
@@ -174,7 +177,13 @@ def test_ids_far_out_of_range_are_not_live_and_not_read() -> None:
     inputs = inputs_of("round robin")
     wild = torch.tensor([[-1, -2, 5], [99, 2**31 - 1, -(2**31)], [0, 1, 4], [2, 3, 4], [1, 1, 1]], dtype=torch.int32)
 
-    assert local_ids(inputs.map({"topk_ids": wild})).tolist() == [[-1, -1, -1], [-1, -1, -1], [-1, 0, 1], [-1, -1, 1], [0, 0, 0]]
+    assert local_ids(inputs.map({"topk_ids": wild})).tolist() == [
+        [-1, -1, -1],
+        [-1, -1, -1],
+        [-1, 0, 1],
+        [-1, -1, 1],
+        [0, 0, 0],
+    ]
 
 
 def test_weights_of_dead_slots_may_be_anything() -> None:
@@ -198,7 +207,9 @@ def test_a_row_without_a_live_slot_is_exactly_zero() -> None:
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("line", ["T=5,H=8,I=6,E=5,K=3,expert_bias=1,seed=50", "T=5,H=8,I=6,E=3,K=2,router=sigmoid:fused_shared=2,seed=51"])
+@pytest.mark.parametrize(
+    "line", ["T=5,H=8,I=6,E=5,K=3,expert_bias=1,seed=50", "T=5,H=8,I=6,E=3,K=2,router=sigmoid:fused_shared=2,seed=51"]
+)
 def test_the_ranks_partial_sums_add_up_to_the_whole(line: str, placement: str) -> None:
     whole = make_inputs(parse_case(line))
     for ranks in range(2, whole.problem.weight_experts + 1):
@@ -234,7 +245,7 @@ def test_input_rows_round_the_weighted_input_once() -> None:
 
     assert rows.shape == (5, 1, 8)
     assert bool((rows[~live_slots(inputs)] == 0).all())
-    for (t, k) in layer.live:
+    for t, k in layer.live:
         x, w = inputs.hidden_states[t].tolist(), layer.weight(t, k)
         assert rows[t, k].tolist() == [rounded(v * w, inputs.problem.fmt) for v in x]
 

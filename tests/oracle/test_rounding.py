@@ -188,12 +188,27 @@ def lowest(x: float) -> float:
     return float(Fraction(n & -n, d))
 
 
-HARD = [1.0, 1.5, 3.0, -96.0, 0.1, 2.0**-1022, 5e-324, 3 * 5e-324, 2.0**-1060, 2.0**1023, 1.5 * 2.0**1000, 1.7976931348623157e308]
+HARD = [
+    1.0,
+    1.5,
+    3.0,
+    -96.0,
+    0.1,
+    2.0**-1022,
+    5e-324,
+    3 * 5e-324,
+    2.0**-1060,
+    2.0**1023,
+    1.5 * 2.0**1000,
+    1.7976931348623157e308,
+]
 
 
 def test_lowest_bit_of_single_numbers() -> None:
     rng = random.Random(9)
-    numbers = HARD + [rng.choice((1, -1)) * rng.getrandbits(rng.randint(1, 53)) * 2.0 ** rng.randint(-1074, 970) for _ in range(2000)]
+    numbers = HARD + [
+        rng.choice((1, -1)) * rng.getrandbits(rng.randint(1, 53)) * 2.0 ** rng.randint(-1074, 970) for _ in range(2000)
+    ]
     for x in numbers:
         if x:
             assert lowest_bit(torch.tensor([x], dtype=torch.float64)) == lowest(x), x

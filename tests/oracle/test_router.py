@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from moeproof.reference.contract import Inputs, Problem, Router
+from moeproof.reference.contract.schemes import FORMATS
 from moeproof.reference.oracle import Selection, route
 from moeproof.reference.oracle.rounding import ulp
-from moeproof.reference.contract.schemes import FORMATS
 
 from . import scalar_router
 from .router_float32 import route32
@@ -122,7 +122,9 @@ def check(inputs: Inputs) -> Selection:
     assert got.ids.shape == got.weights.shape == got.error.shape == (p.T, p.slots)
     assert got.choice.shape == got.margin.shape == (p.T, p.routed_ids)
     assert got.ids.tolist() == ids
-    assert torch.allclose(got.weights, torch.tensor(weights, dtype=torch.float64).reshape(p.T, p.slots), rtol=1e-11, atol=1e-300)
+    assert torch.allclose(
+        got.weights, torch.tensor(weights, dtype=torch.float64).reshape(p.T, p.slots), rtol=1e-11, atol=1e-300
+    )
     assert bool((got.error >= 0).all())
     return got
 
@@ -196,7 +198,15 @@ def test_one_expert_and_every_expert(score: str) -> None:
 
 
 def test_ties_go_to_the_lowest_id() -> None:
-    for text in ("softmax", "sigmoid", "sqrtsoftplus", "softmax_topk", "sparsemixer", "sigmoid:groups=4/2", "sigmoid:groups=4/2:top2"):
+    for text in (
+        "softmax",
+        "sigmoid",
+        "sqrtsoftplus",
+        "softmax_topk",
+        "sparsemixer",
+        "sigmoid:groups=4/2",
+        "sigmoid:groups=4/2:top2",
+    ):
         got = route(given(text, torch.zeros(3, E)))
         assert got.ids.tolist() == [list(range(slots(text)))] * 3, text
 
@@ -231,12 +241,14 @@ def test_float32_stays_within_error_and_margin(text: str, kind: str) -> None:
     p = inputs.problem
     want = route(inputs)
     ids, weights, choice = route32(inputs)
-    moved = (choice.double() - want.choice).abs()
-    clear = want.margin + ulp(want.choice, FP32) / 2
+    comparable = ~want.open_groups[:, None] & want.choice.isfinite()
+    moved = torch.where(comparable, choice.double() - want.choice, 0.0).abs()
+    clear = torch.where(comparable, want.margin + ulp(want.choice, FP32) / 2, 1.0)
 
     assert bool((moved <= clear).all()), f"score off by {float((moved / clear).max()):.3g} of its margin"
     same = (ids == want.ids).all(dim=1)
-    assert float(same.double().mean()) > (0.99 if kind != "deep" else 0.3), "too few rows decided alike to say anything"
+    # Deep and steep logits underflow to 0 or saturate to 1 in float32: ties, which go to the lowest id.
+    assert float(same.double().mean()) > (0.99 if kind == "normal" else 0.3), "too few rows decided alike to say anything"
     allowed = want.error + ulp(want.weights.abs() + want.error, FP32) / 2
     ratio = torch.where(same[:, None], (weights.double() - want.weights).abs() / allowed, 0.0)
 
@@ -246,21 +258,19 @@ def test_float32_stays_within_error_and_margin(text: str, kind: str) -> None:
         assert float(ratio.max()) > 0.01, "the bound says nothing"
 
 
-@pytest.mark.parametrize("text", [t for t in RULES if "groups" in t and "/0" not in t])
+@pytest.mark.parametrize("text", [t for t in RULES if "=4/2" in t and "zero:" not in t + ":"])
 def test_rows_whose_groups_float32_decides_otherwise_are_marked_open(text: str) -> None:
     """Logits one float32 step apart: where rounding swaps groups, open_groups must say so."""
-    base = rows("ties", 400, width(text))
+    base = rows("ties", 2000, width(text))
     rng = torch.Generator().manual_seed(3)
-    logits = base * (1 + torch.randint(-1, 2, base.shape, generator=rng) * 2.0**-23)
-    inputs = given(text, logits)
+    inputs = given(text, base * (1 + torch.randint(-1, 2, base.shape, generator=rng) * 2.0**-23))
     if inputs.correction_bias is not None:
         inputs = inputs.map({"correction_bias": torch.full((width(text),), -0.6)})
     want = route(inputs)
-    ids, _, _ = route32(inputs)
-    size = width(text) // inputs.problem.router.groups
-    groups_differ = (ids.sort(1).values // size != want.ids.sort(1).values // size).any(dim=1)
+    _, _, choice = route32(inputs)
+    swapped = (choice.isneginf() != want.choice.isneginf()).any(dim=1)
 
-    assert bool((~groups_differ | want.open_groups).all())
+    assert bool(swapped.any()) and bool(want.open_groups[swapped].all())
 
 
 def test_open_groups_is_false_where_groups_are_clear() -> None:
