@@ -11,16 +11,15 @@ results that are not the correctly rounded ones once stored in 16 bits
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import triton
 import triton.language as tl
+
+from moeproof.harness import results
 
 Tensor = torch.Tensor
 M, N = 256, 512
@@ -149,18 +148,7 @@ def main() -> int:
     options = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
     rows = list(measure())
-    record = {
-        "command": "python " + " ".join(sys.argv),
-        "device": torch.cuda.get_device_name(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__},
-        "date": time.strftime("%Y-%m-%d"),
-        "shape": {"M": M, "N": N},
-        "rows": rows,
-    }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = options.output.with_suffix(".part")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    temporary.replace(options.output)
+    results.write(options.output, results.origin("cuda", options.output) | {"shape": {"M": M, "N": N}, "rows": rows})
     for row in rows:
         print(row)
     return 0
