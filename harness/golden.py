@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -78,7 +79,7 @@ class GoldenVerdict(Verdict):
 
     @property
     def replay(self) -> str:
-        chosen = "" if self.candidate == ORACLE else f" --candidate {self.candidate}"
+        chosen = "" if self.candidate == ORACLE else f" --candidate {shlex.quote(self.source or self.candidate)}"
         return f"moeproof golden check {self.folder}{chosen}"
 
 
@@ -296,6 +297,7 @@ def _check_candidate(candidate: Candidate, case: Case, stored: Dump, folder: Pat
             seconds=time.perf_counter() - start,
             environment=modes.environment(candidate.backend, device),
             folder=str(folder),
+            source=candidate.source,
             **rest,  # type: ignore[arg-type]
         )
 

@@ -66,6 +66,7 @@ def judge(thing: object, case: Case, device: str | None = None) -> Verdict:
             claims=str(candidate.claims),
             seconds=seconds,
             environment=environment,
+            source=candidate.source,
             **rest,  # type: ignore[arg-type]
         )
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -115,8 +118,20 @@ def as_candidate(thing: object) -> Candidate:
         )
     if callable(thing):
         name = getattr(thing, "__name__", type(thing).__name__).strip("<>")
-        return Candidate(name=name, run=lambda inputs: _call_usual(thing, inputs), supports=_supports_usual)
+        run = functools.partial(_call_usual, thing)
+        return Candidate(name=name, run=run, supports=_supports_usual, source=_address(thing))
     raise ContractError(f"a candidate is a callable, a Candidate or a Pair, not {type(thing).__name__}")
+
+
+def _address(function: object) -> str:
+    """How a command line names a callable: `file.py:name` for what lies below here, else `module:name`; empty for neither."""
+    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "<unknown>")
+    if module not in sys.modules or not name.isidentifier():
+        return ""  # a lambda, a local function, an instance
+    path = Path(getattr(sys.modules[module], "__file__", None) or "")
+    if path.is_absolute() and path.is_relative_to(Path.cwd()) and "site-packages" not in path.parts:
+        return f"{path.relative_to(Path.cwd())}:{name}"
+    return "" if module == "__main__" else f"{module}:{name}"
 
 
 def _call_usual(function: Any, inputs: Inputs) -> Any:

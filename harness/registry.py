@@ -8,6 +8,7 @@ import importlib.metadata
 import importlib.util
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from moeproof.harness.pairs import as_candidate
@@ -68,7 +69,7 @@ def _from_path(spec: str) -> Candidate:
     except Exception as error:  # whatever the user's module does on import, say it in one line
         raise ContractError(f"candidate '{spec}': {where} cannot be imported: {error}") from error
     check(hasattr(module, attribute), f"candidate '{spec}': {where} has no attribute '{attribute}'")
-    return as_candidate(getattr(module, attribute))
+    return replace(as_candidate(getattr(module, attribute)), source=spec)
 
 
 def _load_file(path: Path) -> object:

@@ -84,6 +84,8 @@ class Candidate:
     supports: Callable[[Problem], str | None] = _supports_all
     claims: Claims = field(default_factory=Claims)
     backend: str = "torch"
+    source: str = ""
+    """How a command line names it where it is not installed: `module:attribute` or `path/to/file.py:attribute`."""
 
     def __post_init__(self) -> None:
         bad = set(self.name) & set(" ,/\n")
