@@ -7,7 +7,7 @@ size: what it is about to do, or why it will not. Then either all go on, or all 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 
@@ -18,16 +18,6 @@ RECORD = 1024
 _GOES, _REFUSES = 0, 1
 _HEAD = 33
 """One byte of kind, and the SHA-256 of the text, which the record may cut."""
-
-
-def refusal_of(*checks: Callable[[], object]) -> str | None:
-    """The message of the first check that raises ContractError, None where all hold."""
-    for run in checks:
-        try:
-            run()
-        except ContractError as error:
-            return str(error)
-    return None
 
 
 def agree(link: Link, facts: Mapping[str, object], refusal: str | None) -> None:
