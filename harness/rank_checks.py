@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 
 from moeproof.harness.compare import Comparison, compare
-from moeproof.harness.rank_rows import Matched, Shown, match_rows
+from moeproof.harness.rank_rows import Matched, Shown, Sources, match_rows
 from moeproof.harness.verdict import Finding
 from moeproof.reference.contract.candidate import Claims
 from moeproof.reference.contract.inputs import Inputs
@@ -35,6 +35,7 @@ class WorldExpectation:
     def __init__(self, world: World, whole: Inputs, claims: Claims) -> None:
         self.world, self.whole, self.claims = world, whole, claims
         self.ranks: list[RankExpectation] = rank_expectations(world, whole, claims)
+        self.sources = Sources(self.inputs)
 
     @property
     def inputs(self) -> list[Inputs]:
@@ -102,7 +103,7 @@ def _rows(expect: WorldExpectation, shown: Sequence[Shown], matched: list[Matche
     if not all(_shows_rows(tensors) for tensors in shown):
         return {}
     for rank, (view, tensors) in enumerate(zip(expect.ranks, shown, strict=True)):
-        matched.append(match_rows(rank, view.pairs, expect.inputs, tensors, expect.world.grid.local(rank)))
+        matched.append(match_rows(rank, view.pairs, expect.sources, tensors, expect.world.grid.local(rank)))
     return {"rows": _merged([Comparison(m.findings, m.checked, 0.0) for m in matched])}
 
 
@@ -191,7 +192,7 @@ def _isolated(expect: WorldExpectation, shown: Sequence[Shown], matched: list[Ma
     p = expect.whole.problem
     if p.latent:
         return []
-    homes = [home_inputs(world, expect.whole, rank) for rank in range(world.ranks)]
+    homes = [home_inputs(inputs) for inputs in expect.inputs]
     came_back = [
         [torch.zeros(*h.topk_ids.shape, p.H, dtype=torch.float64, device=h.device) for _ in range(world.tp)] for h in homes
     ]

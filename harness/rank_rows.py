@@ -31,9 +31,7 @@ class Matched:
     """Facts compared: one for each pair that must be there and each that is."""
 
 
-def match_rows(
-    rank: int, pairs: Sequence[Pair], ranks: Sequence[Inputs], shown: Shown, local_experts: Sequence[int]
-) -> Matched:
+def match_rows(rank: int, pairs: Sequence[Pair], sources: Sources, shown: Shown, local_experts: Sequence[int]) -> Matched:
     """Each pair that `rank` must receive against the rows it shows: the same bytes of row, expert id and weight, once each.
 
     Equal bytes are interchangeable: they stand for the same computation. Rows without a live id are padding.
@@ -45,9 +43,8 @@ def match_rows(
         waiting[key].append(place)
     places: dict[Pair, Place] = {}
     missing: list[Pair] = []
-    rows = _Sources(ranks)
     for pair in pairs:
-        key = rows.key(pair, weighted=not batched)
+        key = sources.key(pair, weighted=not batched)
         if waiting[key]:
             places[pair] = waiting[key].pop(0)
         else:
@@ -55,11 +52,11 @@ def match_rows(
     findings = []
     if missing:
         first = missing[0]
-        words = f"no row here holds token {first.token} of rank {first.source}, slot {first.slot}{rows.hint(first, present)}"
+        words = f"no row here holds token {first.token} of rank {first.source}, slot {first.slot}{sources.hint(first, present)}"
         findings.append(_finding(words, first, rank, len(missing), len(pairs)))
     left = [place for key in waiting for place in waiting[key]]
     if left:
-        words = f"rows that belong to no routed slot, the first at {left[0]}{rows.owner(left[0], present)}"
+        words = f"rows that belong to no routed slot, the first at {left[0]}{sources.owner(left[0], present)}"
         findings.append(Finding(Stage.DISPATCH, "rows", words, rank=rank, bad=len(left), total=len(present)))
     return Matched(places, tuple(findings), len(pairs) + len(present))
 
@@ -88,7 +85,7 @@ def _batched_keys(shown: Shown, local_experts: Sequence[int]) -> list[tuple[Key,
     return found
 
 
-class _Sources:
+class Sources:
     """What every rank sends, as bytes."""
 
     def __init__(self, ranks: Sequence[Inputs]) -> None:

@@ -47,8 +47,8 @@ def _exchange(link: Link, kind: int, text: str) -> list[tuple[int, bytes, str]]:
     encoded = text.encode()
     head = bytes([kind]) + hashlib.sha256(encoded).digest()
     record = (head + encoded)[:RECORD].ljust(RECORD, b"\0")
-    mine = torch.tensor(list(record), dtype=torch.uint8, device=link.device)
-    seen = [bytes(row.tolist()) for row in link.all_gather(mine).cpu()]
+    mine = torch.frombuffer(bytearray(record), dtype=torch.uint8).to(link.device)
+    seen = [row.numpy().tobytes() for row in link.all_gather(mine).cpu()]
     return [(r[0], r[1:_HEAD], r[_HEAD:].rstrip(b"\0").decode(errors="replace")) for r in seen]
 
 

@@ -51,11 +51,10 @@ def _shards(world: World, whole: Inputs) -> list[Inputs]:
     return [shards[0]] + [replace(s, problem=replace(s.problem, **once)) for s in shards[1:]]  # type: ignore[arg-type]
 
 
-def home_inputs(world: World, whole: Inputs, rank: int) -> Inputs:
-    """`rank`'s tokens as COMBINE sees them: physical ids, every expert present, no map."""
-    p = world.rank_problem(rank)
-    mine = rank_inputs(world, whole, rank)
-    return replace(mine, expert_map=None, problem=replace(p, ep=1, ep_rank=0, layout="standard", capacity=0))
+def home_inputs(inputs: Inputs) -> Inputs:
+    """A rank's tokens as COMBINE sees them: physical ids, every expert present, no map."""
+    problem = replace(inputs.problem, ep=1, ep_rank=0, layout="standard", capacity=0)
+    return replace(inputs, expert_map=None, problem=problem)
 
 
 def combine_shards(home: Inputs, y_shards: Sequence[Tensor], fmt: Format, claims: Claims) -> Value:

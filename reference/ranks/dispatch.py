@@ -48,17 +48,18 @@ class Arrived:
 
 def routed(world: World, ranks: Sequence[Inputs]) -> list[Pair]:
     """Every live slot of the world in canonical order. Identity experts need no rank: they are not here."""
-    found = []
+    found, experts = [], world.grid.experts
     for source, inputs in enumerate(ranks):
         for token, row in enumerate(inputs.topk_ids.tolist()):
-            found += [Pair(source, token, slot, e) for slot, e in enumerate(row) if 0 <= e < world.grid.experts]
+            found += [Pair(source, token, slot, e) for slot, e in enumerate(row) if 0 <= e < experts]
     return found
 
 
 def received(world: World, ranks: Sequence[Inputs]) -> list[list[Pair]]:
     """The pairs that each rank must receive. A tensor-parallel group receives a pair on each of its ranks."""
-    holders = [world.grid.holders(expert) for expert in range(world.grid.experts)]
-    at: list[list[Pair]] = [[] for _ in range(world.ranks)]
+    grid = world.grid
+    holders = [grid.holders(expert) for expert in range(grid.experts)]
+    at: list[list[Pair]] = [[] for _ in ranks]
     for pair in routed(world, ranks):
         for rank in holders[pair.expert]:
             at[rank].append(pair)
@@ -83,16 +84,16 @@ def pair_counts(world: World, pairs: Sequence[Pair], rank: int) -> Tensor:
     return torch.tensor([counts[e] for e in local], dtype=torch.int32)
 
 
-def arrived(world: World, ranks: Sequence[Inputs], rank: int) -> Arrived:
-    """The contiguous layout on `rank`, from all ranks' inputs."""
-    pairs = received(world, ranks)[rank]
+def arrived(world: World, ranks: Sequence[Inputs], rank: int, pairs: Sequence[Pair]) -> Arrived:
+    """The contiguous layout on `rank`, from all ranks' inputs and the pairs that it must receive."""
     keys = sorted({(p.source, p.token) for p in pairs})
     place = {key: n for n, key in enumerate(keys)}
     p, K = world.problem, ranks[0].topk_ids.shape[1]
     ids = torch.full((len(keys), K), -1, dtype=ranks[0].topk_ids.dtype)
     for pair in pairs:
         ids[place[pair.source, pair.token], pair.slot] = pair.expert
-    rows = [dispatched_rows(ranks[source])[token, 0] for source, token in keys]
+    sent = {source: dispatched_rows(ranks[source]) for source in {source for source, _ in keys}}
+    rows = [sent[source][token, 0] for source, token in keys]
     return Arrived(
         source=torch.tensor([source for source, _ in keys], dtype=torch.int64),
         token=torch.tensor([token for _, token in keys], dtype=torch.int64),
@@ -103,14 +104,15 @@ def arrived(world: World, ranks: Sequence[Inputs], rank: int) -> Arrived:
     )
 
 
-def batched(world: World, ranks: Sequence[Inputs], rank: int) -> tuple[Tensor, list[list[Pair]]]:
+def batched(world: World, ranks: Sequence[Inputs], rank: int, pairs: Sequence[Pair]) -> tuple[Tensor, list[list[Pair]]]:
     """The batched layout on `rank`: rows (e, C, H), NaN after the last of each expert, and which pair each row is."""
     p, local = world.problem, world.grid.local(rank)
-    regions = [[q for q in received(world, ranks)[rank] if q.expert == e] for e in local]
+    regions = [[pair for pair in pairs if pair.expert == e] for e in local]
+    sent = {source: dispatched_rows(ranks[source]) for source in {pair.source for pair in pairs}}
     rows = torch.full((len(local), p.rows_per_expert, p.H), torch.nan, dtype=p.fmt.dtype)
     for index, region in enumerate(regions):
         for n, pair in enumerate(region):
-            rows[index, n] = dispatched_rows(ranks[pair.source])[pair.token, pair.slot]
+            rows[index, n] = sent[pair.source][pair.token, pair.slot]
     return rows, regions
 
 
