@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from moeproof.reference.contract.errors import ContractError
-from moeproof.reference.contract.overlap import Prepared
+from moeproof.reference.contract.modular import Prepared
 from moeproof.reference.eager.ranks_common import (
     RankPrepareAndFinalize,
     check_finalize,

@@ -8,6 +8,7 @@ from moeproof.reference.contract.candidate import Claims, RankPair
 from moeproof.reference.contract.inputs import Inputs
 from moeproof.reference.contract.link import Link
 from moeproof.reference.contract.modular import FusedMoEPermuteExpertsUnpermute
+from moeproof.reference.contract.overlap import FusedMoEOverlappedKernel
 from moeproof.reference.contract.problem import Problem
 from moeproof.reference.contract.world import World
 from moeproof.reference.eager.experts import BatchedLoopExperts, LoopExperts
@@ -50,5 +51,13 @@ def rank_pairs(standard: Supports, batched: Supports, claims: Claims) -> list[Ra
     return [
         RankPair("eager-allgather", _all_gather, _loop, supports=lambda w: standard(w.problem), claims=claims),
         RankPair("eager-alltoall", _all_to_all, _loop, supports=lambda w: standard(w.problem), claims=claims),
+        RankPair(
+            "eager-alltoall-overlapped",
+            _all_to_all,
+            _loop,
+            supports=lambda w: standard(w.problem),
+            claims=claims,
+            kernel=FusedMoEOverlappedKernel,
+        ),
         RankPair("eager-batched-alltoall", _batched, _batched_loop, "batched", whole_rows, claims),
     ]
