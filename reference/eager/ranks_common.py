@@ -7,13 +7,13 @@ from typing import TypeVar
 
 import torch
 
+from moeproof.reference.contract.agreement import agree, withdraw
 from moeproof.reference.contract.checks import check_ids
 from moeproof.reference.contract.errors import ContractError, check
 from moeproof.reference.contract.grid import Grid
 from moeproof.reference.contract.link import Link
 from moeproof.reference.contract.modular import FusedMoEPrepareAndFinalize
 from moeproof.reference.eager.ranks_link import check_size
-from moeproof.reference.eager.ranks_status import agree, withdraw
 from moeproof.reference.eager.slots import check_routing, check_unquantised, weighted_input
 
 Tensor = torch.Tensor

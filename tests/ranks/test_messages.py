@@ -10,12 +10,12 @@ from rank_kit import line_for, on_ranks
 from moeproof.harness.case import parse_case
 from moeproof.harness.worlds import make_rank_inputs, make_world_inputs
 from moeproof.reference.contract import Link
+from moeproof.reference.contract.agreement import agree, withdraw
 from moeproof.reference.eager.ranks_all_gather import AllGatherReduceScatter
 from moeproof.reference.eager.ranks_all_to_all import AllToAll
 from moeproof.reference.eager.ranks_batched import BatchedAllToAll
 from moeproof.reference.eager.ranks_link import alone, on_threads, poisoned
 from moeproof.reference.eager.ranks_message import fields_of, pack, unpack
-from moeproof.reference.eager.ranks_status import agree, withdraw
 
 Tensor = torch.Tensor
 FP8 = torch.float8_e4m3fn
