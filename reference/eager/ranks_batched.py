@@ -58,8 +58,8 @@ class BatchedAllToAll(RankPrepareAndFinalize):
         """Experts in the order of the regions: by rank, then local index."""
         self._sent: _Sent | None = None
 
-    def facts(self) -> dict[str, str]:
-        return {"rows per expert": str(self.max_rows)}
+    def facts(self) -> dict[str, object]:
+        return {"rows per expert": self.max_rows}
 
     def prepare(
         self,

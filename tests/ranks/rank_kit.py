@@ -35,6 +35,7 @@ ROUTINGS = {
     "empty rank": "routing=uniform,spread=empty",
     "one rank": "routing=minus1,spread=one",
     "uneven": "routing=dup,spread=uneven",
+    "no token anywhere": "T=0",
 }
 """Reasons, and what they add to a line."""
 
