@@ -328,3 +328,23 @@ def test_p79_a_protocol_of_another_kind_on_one_rank_is_told_to_all() -> None:
         "call: rank 0/1 has AllToAll.prepare, rank 2 has AllGatherReduceScatter.prepare" in text
         for text in on_ranks(RANKS, body)
     )
+
+
+@every_showing
+def test_a_fault_of_one_ranks_experts(name: str) -> None:
+    """Found in GEMM2 on the rank that computed it, named by the token's own rank; nobody's COMBINE is blamed."""
+    line = line_for(name, RANKS, "values=normal,routing=uniform")
+    right = PAIRS[name].experts
+
+    def experts(inputs: Inputs) -> Any:
+        made = right(inputs)
+        if inputs.problem.ep_rank == 1:
+            apply = made.apply
+            made.apply = lambda *arguments: apply(*arguments).mul_(1.05)  # type: ignore[method-assign]
+        return made
+
+    (shown,) = simulate(replace(PAIRS[name], experts=experts), parse_case(line))
+    found = judged(line, name, shown)
+
+    assert found and {str(f.stage) for f in found} == {"GEMM2"} and {f.rank for f in found} == {1}
+    assert found[0].expert in parse_case(line).world.grid.local(1) and "of rank" in found[0].message
