@@ -21,6 +21,10 @@ from moeproof.reference.oracle.value import Trace, Value
 
 Tensor = torch.Tensor
 Shown = Mapping[str, Tensor]
+JUDGED = ("gate_up", "h", "y", "out")
+"""Tensors with a bound, in the order of the stages."""
+UPSTREAM = {"gate_up": (), "h": ("gate_up",), "y": ("h",), "out": ("y",)}
+"""What the isolated stage starts from, where the candidate shows it."""
 
 
 def shapes(p: Problem, inputs: Inputs) -> dict[str, tuple[int, ...] | None]:
@@ -85,7 +89,7 @@ def judge_shown(shown: Shown, expect: Expectation) -> tuple[dict[str, Comparison
             results["rows"] = _check_rows(shown, inputs)
     if "sorted_slots" in shown:
         results["sorted_slots"] = check_permute(shown["sorted_slots"], shown["block_expert"], shown["num_padded"], inputs)
-    for name in ("gate_up", "h", "y", "out"):
+    for name in JUDGED:
         if name in shown:
             values[name] = expect.value(name, shown)
             experts = inputs.topk_ids if shown[name].dim() == 3 else None

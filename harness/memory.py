@@ -22,6 +22,9 @@ GUARD = 512
 PATTERNS = ("nan", "ff", "big")
 """NaN in floats and huge integers; all bits set (-1 in ids); 1e4 in floats and small positive integers."""
 
+DIRTY = (1 << 10, 1 << 13, 1 << 16, 1 << 20)
+"""Sizes in bytes of the blocks that are filled and freed before a call."""
+
 _aten = torch.ops.aten
 _EMPTY = (_aten.empty.memory_format, _aten.empty_strided.default, _aten.empty_like.default, _aten.new_empty.default)
 _ZERO = (_aten.zeros.default, _aten.zeros_like.default, _aten.new_zeros.default)
@@ -91,6 +94,25 @@ def guard_inputs(inputs: Inputs, pattern: str) -> tuple[Inputs, list[Guarded]]:
         copies[name] = guard.tensor
         guards.append(replace(guard, content=guard.buffer[GUARD : guard.end].clone()))
     return inputs.map(copies), guards
+
+
+def dirty(device: torch.device) -> None:
+    """Leave garbage in the allocator's free lists: what a kernel allocates past torch.empty is not clean either."""
+    for size in DIRTY:
+        torch.full((size,), 0xFF, dtype=torch.uint8, device=device)
+
+
+def overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the byte spans of two tensors meet. Interleaved views of one buffer count: their spans do."""
+    if a.device != b.device or a.layout != torch.strided or b.layout != torch.strided or not a.numel() or not b.numel():
+        return False
+    (a0, a1), (b0, b1) = _span(a), _span(b)
+    return a0 < b1 and b0 < a1
+
+
+def _span(t: Tensor) -> tuple[int, int]:
+    last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+    return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
 
 
 @dataclass

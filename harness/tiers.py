@@ -15,10 +15,10 @@ TIERS = {
 
 _PLAIN = "T=33,H=104,I=72,E=8,K=2"
 QUICK = (
-    f"{_PLAIN},seed=1",
+    f"{_PLAIN},relation=permute,seed=1",
     f"{_PLAIN},dtype=fp16,values=hetero,seed=2",
     f"{_PLAIN},dtype=fp32,routing=zipf,seed=3",
-    f"{_PLAIN},values=int,seed=4",
+    f"{_PLAIN},values=int,routing=tile,seed=4",
     f"{_PLAIN},values=sat,seed=5",
     f"{_PLAIN},values=sat,routing=minus1,storage=KN,seed=6",
     f"{_PLAIN},routing=dup,values=hetero,seed=7",
@@ -27,7 +27,7 @@ QUICK = (
     f"{_PLAIN},routing=none,seed=10",
     f"{_PLAIN},routing=router,router=softmax:renorm=sum,logits=ties,seed=11",
     "T=0,H=32,I=16,E=4,K=2,seed=12",
-    "T=1,H=64,I=48,E=5,K=1,seed=13",
+    "T=1,H=64,I=48,E=5,K=1,history=interleave,seed=13",
     "T=16,H=64,I=32,E=60,K=6,dtype=fp16,seed=14",
     "T=17,H=40,I=50,E=12,K=10,routing=minus1,seed=15",
 )

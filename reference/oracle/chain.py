@@ -141,6 +141,15 @@ def chain(inputs: Inputs, claims: Claims) -> Trace:
         assert inputs.latent_down is not None
         x = project(x.value, inputs.latent_down, p.fmt)
     gate_up, h, y = _experts(inputs, x, claims)
+    total = finish(inputs, y, claims)
+    taps = {"gate_up": gate_up, "h": h, "y": y}
+    trace = {name: stored(s.value, s.allowed, p.fmt, live) for name, s in taps.items()}
+    return trace | {"out": stored(total.value, total.allowed, p.fmt)}
+
+
+def finish(inputs: Inputs, y: Spread, claims: Claims) -> Spread:
+    """out (T, H) of the experts' y (T, K, .): weigh and sum, scale, leave the latent width, add the shared expert."""
+    p = inputs.problem
     exact, magnitude, quantum = routed_sum(inputs, y.value)
     w = slot_weights(inputs)[:, :, None]
     own = combine_error(magnitude, p.slots + 1, quantum, p.fmt, claims)
@@ -154,9 +163,7 @@ def chain(inputs: Inputs, claims: Claims) -> Trace:
         total = Spread(total.value + value, total.variance + (allowed / SIGMAS) ** 2 + (2 * U32 * value) ** 2)
         if claims.combine == "dtype":
             total = Spread(total.value, total.variance + ulp(total.value, p.fmt) ** 2 / 6)
-    taps = {"gate_up": gate_up, "h": h, "y": y}
-    trace = {name: stored(s.value, s.allowed, p.fmt, live) for name, s in taps.items()}
-    return trace | {"out": stored(total.value, total.allowed, p.fmt)}
+    return total
 
 
 def _out_of_latent(inputs: Inputs, total: Spread) -> Spread:
