@@ -16,11 +16,10 @@ from moeproof.harness.case import Case
 from moeproof.harness.compare import null_kernels, within
 from moeproof.harness.expect import JUDGED, UPSTREAM, Expectation
 from moeproof.harness.lint import lint
-from moeproof.harness.rerun import faults_of, rerun
+from moeproof.harness.rerun import SWAPPED, faults_of, rerun, swapped
 from moeproof.harness.tokens import tokens_at
 from moeproof.harness.trial import Trial, expectation_of
 from moeproof.reference.contract.candidate import Claims
-from moeproof.reference.contract.inputs import Inputs
 from moeproof.reference.contract.schemes import format_of
 from moeproof.reference.oracle.rounding import round_to
 from moeproof.reference.oracle.value import Value
@@ -61,11 +60,10 @@ def accepts(name: str, shown: Mapping[str, Tensor], expect: Expectation) -> list
     tokens = want.value.shape[0]
     undecided: list[str] = []
     for count in dict.fromkeys((min(FEW, tokens), tokens)):
-        part, given = _first(want, count), {n: t[:count] for n, t in shown.items()}
-        inputs = first_tokens(expect.inputs, count)
+        part = _first(want, count)
         undecided = [
             kind
-            for kind, wrong in wrong_results(name, part, given, inputs, expect.claims, undecided)
+            for kind, wrong in wrong_results(name, part, shown, expect, count, undecided)
             if not _told_apart(wrong, part) and (count < tokens or differs(wrong, part))
         ]
         if not undecided:
@@ -74,19 +72,32 @@ def accepts(name: str, shown: Mapping[str, Tensor], expect: Expectation) -> list
 
 
 def wrong_results(
-    name: str, want: Value, shown: Mapping[str, Tensor], inputs: Inputs, claims: Claims, kinds: Collection[str] = ()
+    name: str, want: Value, shown: Mapping[str, Tensor], expect: Expectation, tokens: int, kinds: Collection[str] = ()
 ) -> Iterator[tuple[str, Tensor]]:
-    """(kind, float64 tensor): the value scaled, negated, rolled and disturbed, and the stages run again with a fault.
-
-    All of them, or those of the given kinds.
+    """(kind, float64 tensor) of the first tokens: the value scaled, negated, rolled and disturbed, and the stages run
+    again with a fault, as far as they lie between what is shown and `name`. All of them, or those of the given kinds.
     """
     for kind, wrong in null_kernels(want.value).items():
         if not kinds or kind in kinds:
             yield kind, wrong
-    given = {n: shown[n] for n in UPSTREAM[name] if n in shown}
-    for kind, fault in faults_of(inputs.problem).items():
-        if not kinds or kind in kinds:
-            yield kind, rerun(name, given, inputs, claims, fault)
+    p = expect.inputs.problem
+    if name == "gate_up" and p.act.gated and (not kinds or SWAPPED in kinds):
+        yield SWAPPED, swapped(want.value, p)
+    inputs = tokens_at(expect.inputs, torch.arange(tokens, device=expect.inputs.device))
+    upstream = next((n for n in UPSTREAM[name] if n in shown), None)
+    first = JUDGED.index(upstream) + 1 if upstream else 0
+    for kind, fault in faults_of(p).items():
+        if first <= JUDGED.index(fault.breaks) <= JUDGED.index(name) and (not kinds or kind in kinds):
+            start = _input_of(fault.breaks, upstream, shown, expect)[:tokens]
+            yield kind, rerun(name, fault, start, inputs, expect.claims)
+
+
+def _input_of(broken: str, upstream: str | None, shown: Mapping[str, Tensor], expect: Expectation) -> Tensor:
+    """What the broken stage works on: what the candidate showed, or the oracle's own tensor."""
+    before = JUDGED[: JUDGED.index(broken)]
+    if not before:
+        return expect.inputs.hidden_states
+    return shown[upstream] if upstream == before[-1] else expect.chained(before[-1]).value
 
 
 def _usable(wrong: Tensor, want: Value) -> Tensor:
@@ -109,8 +120,3 @@ def differs(wrong: Tensor, want: Value) -> bool:
 def _first(want: Value, count: int) -> Value:
     cut = {f: None if (t := getattr(want, f)) is None else t[:count] for f in ("value", "bound", "live", "error")}
     return replace(want, **cut)  # type: ignore[arg-type]
-
-
-def first_tokens(inputs: Inputs, count: int) -> Inputs:
-    """The same layer with its first `count` tokens only."""
-    return tokens_at(inputs, torch.arange(count, device=inputs.device))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from moeproof.harness import modes
 from moeproof.harness.case import Case
-from moeproof.harness.checks import CHECKS
+from moeproof.harness.checks import CHECKS, LEAN
 from moeproof.harness.history import cannot_remember
 from moeproof.harness.memory import PATTERNS
 from moeproof.harness.pairs import as_candidate
@@ -16,7 +16,7 @@ from moeproof.harness.trial import Check, Ruling, Tally, Trial, failed, inputs_o
 from moeproof.harness.verdict import Outcome, Verdict
 from moeproof.reference.contract.candidate import Candidate
 
-__all__ = ["judge", "run_once"]
+__all__ = ["judge", "judge_lean", "run_once"]
 
 
 def judge(
@@ -29,7 +29,7 @@ def judge(
     """Run a candidate (a Candidate, a Pair, or a callable) on a case and say what came of it.
 
     Nothing that the candidate does raises from here: what it throws, returns or damages becomes part of the verdict.
-    Fewer `patterns` and `checks` make a quicker, weaker judge: only shrinking asks for one.
+    Fewer `patterns` and `checks` make a quicker, weaker judge: see judge_lean.
     """
     candidate = as_candidate(thing)
     device = device or modes.default_device()
@@ -48,6 +48,11 @@ def judge(
         seconds=time.perf_counter() - start,
         environment=modes.environment(candidate.backend, device),
     )
+
+
+def judge_lean(thing: object, case: Case, device: str | None = None) -> Verdict:
+    """One call and one look at the values: enough to see a wrong value, a crash or a hang again, not to PASS anything on."""
+    return judge(thing, case, device, PATTERNS[:1], LEAN)
 
 
 def _rule(

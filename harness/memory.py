@@ -7,6 +7,7 @@ bands. The three runs must agree bit for bit.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -125,7 +126,18 @@ class Poison(TorchDispatchMode):
     def __post_init__(self) -> None:
         super().__init__()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: torch would import its compiler (2 s) on the first call, to keep it out; see __torch_dispatch__."""
+        return False
+
     def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "torch._dynamo" in sys.modules:  # a candidate compiles: it must not look in here
+            return _outside_dynamo(self, func, args, kwargs)
+        return self.poisoned(func, args, kwargs)
+
+    def poisoned(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The operation's own result, or poisoned memory in its place."""
         result = func(*args, **(kwargs or {}))
         if func not in _EMPTY and func not in _ZERO:
             return result
@@ -139,3 +151,6 @@ class Poison(TorchDispatchMode):
 
     def damage(self) -> list[str]:
         return [words for guard in self.allocations if (words := guard.damage())]
+
+
+_outside_dynamo = torch._disable_dynamo(Poison.poisoned)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from moeproof.harness.expect import JUDGED
 from moeproof.reference.contract.candidate import Claims
 from moeproof.reference.contract.inputs import Inputs
 from moeproof.reference.contract.problem import Problem
 from moeproof.reference.oracle import activations
 from moeproof.reference.oracle.chain import finish, known, project
-from moeproof.reference.oracle.experts import gemm1_exact, gemm2_exact
+from moeproof.reference.oracle.experts import by_expert, input_rows, local_ids
 
 Tensor = torch.Tensor
 TILES = (64, 16)
 """Widths of K tiles; the first that leaves more than one tile is used."""
+SWAPPED = "gate and up swapped"
 
 
 def tail(length: int) -> int:
@@ -28,64 +30,11 @@ def tail(length: int) -> int:
     return length
 
 
-@dataclass(frozen=True)
-class Fault:
-    """What is broken. The columns are those left out at the end of a GEMM's inner dimension."""
-
-    gemm1_tail: int = 0
-    halves_swapped: bool = False
-    gemm2_tail: int = 0
-    last_slot_missing: bool = False
-
-
-def faults_of(p: Problem) -> dict[str, Fault]:
-    """The structural faults of the L0 gate (docs/tolerances.md), by what a report calls them."""
-    faults = {
-        f"the last K tile ({tail(p.hidden)} of {p.hidden}) of GEMM1 dropped": Fault(gemm1_tail=tail(p.hidden)),
-        f"the last K tile ({tail(p.I)} of {p.I}) of GEMM2 dropped": Fault(gemm2_tail=tail(p.I)),
-        "the last slot missing": Fault(last_slot_missing=True),
-    }
-    if p.act.gated:
-        faults["gate and up swapped"] = Fault(halves_swapped=True)
-    return faults
-
-
-def _without_tail(x: Tensor, columns: int) -> Tensor:
-    if not columns:
-        return x
+def without_tail(x: Tensor, columns: int) -> Tensor:
+    """The last columns zero: what a product sees whose inner loop stops short."""
     x = x.clone()
     x[..., x.shape[-1] - columns :] = 0
     return x
-
-
-def rerun(name: str, given: Mapping[str, Tensor], inputs: Inputs, claims: Claims, fault: Fault) -> Tensor:
-    """float64 `name` before it is rounded, from the nearest tensor of `given` that lies before it, with the fault."""
-    p = inputs.problem
-
-    def before(upstream: str) -> Tensor:
-        if upstream in given:
-            return given[upstream].double()
-        return rerun(upstream, given, inputs, claims, fault)
-
-    if name == "gate_up":
-        x = inputs.hidden_states.double()
-        if p.latent:
-            assert inputs.latent_down is not None
-            x = project(x, inputs.latent_down, p.fmt).value
-        gate_up = gemm1_exact(inputs, _without_tail(x, fault.gemm1_tail), claims)[0]
-        return swapped(gate_up, p) if fault.halves_swapped else gate_up
-    if name == "h":
-        gate_up = before("gate_up")
-        if fault.halves_swapped and "gate_up" in given:
-            gate_up = swapped(gate_up, p)
-        return activations.exact(gate_up, p.act)
-    if name == "y":
-        return gemm2_exact(inputs, _without_tail(before("h"), fault.gemm2_tail), claims)[0]
-    y = before("y")
-    if fault.last_slot_missing:
-        y = y.clone()
-        y[:, -1] = 0
-    return finish(inputs, known(y), claims).value
 
 
 def swapped(gate_up: Tensor, p: Problem) -> Tensor:
@@ -93,3 +42,63 @@ def swapped(gate_up: Tensor, p: Problem) -> Tensor:
     if p.act.interleaved:
         return torch.stack([gate_up[..., 1::2], gate_up[..., 0::2]], dim=-1).flatten(-2)
     return torch.cat(gate_up.chunk(2, dim=-1)[::-1], dim=-1)
+
+
+def _without_last_slot(y: Tensor) -> Tensor:
+    y = y.clone()
+    y[:, -1] = 0
+    return y
+
+
+@dataclass(frozen=True)
+class Fault:
+    """The stage that makes tensor `breaks` works on harmed input."""
+
+    breaks: str
+    harm: Callable[[Tensor], Tensor]
+
+
+def faults_of(p: Problem) -> dict[str, Fault]:
+    """The structural faults of the L0 gate (docs/tolerances.md), by what a report calls them."""
+    first, second = tail(p.hidden), tail(p.I)
+    faults = {
+        f"the last K tile ({first} of {p.hidden}) of GEMM1 dropped": Fault("gate_up", lambda x: without_tail(x, first)),
+        f"the last K tile ({second} of {p.I}) of GEMM2 dropped": Fault("y", lambda h: without_tail(h, second)),
+        "the last slot missing": Fault("out", _without_last_slot),
+    }
+    if p.act.gated:
+        faults[SWAPPED] = Fault("h", lambda gate_up: swapped(gate_up, p))
+    return faults
+
+
+def rerun(name: str, fault: Fault, start: Tensor, inputs: Inputs, claims: Claims) -> Tensor:
+    """float64 `name` before it is rounded, from `start`, the input of the broken stage (the hidden states for GEMM1)."""
+    value = fault.harm(start.double())
+    for stage in JUDGED[JUDGED.index(fault.breaks) : JUDGED.index(name) + 1]:
+        value = run_stage(stage, value, inputs, claims)
+    return value
+
+
+def run_stage(name: str, x: Tensor, inputs: Inputs, claims: Claims) -> Tensor:
+    """The exact result of one stage, without its error."""
+    p = inputs.problem
+    if name == "gate_up":
+        if p.latent:
+            assert inputs.latent_down is not None
+            x = project(x, inputs.latent_down, p.fmt).value
+        return _grouped(input_rows(inputs, x), inputs.w1, inputs.b1, inputs)
+    if name == "h":
+        return activations.exact(x, p.act)
+    if name == "y":
+        return _grouped(x, inputs.w2, inputs.b2, inputs)
+    return finish(inputs, known(x), claims).value
+
+
+def _grouped(rows_TKA: Tensor, w_eBA: Tensor, bias_eB: Tensor | None, inputs: Inputs) -> Tensor:
+    """float64 (T, K, B): each live row times its expert's weights, plus its bias."""
+    local = local_ids(inputs)
+    out = torch.zeros(*local.shape, w_eBA.shape[1], dtype=torch.float64, device=rows_TKA.device)
+    for expert, tokens, slots in by_expert(local, w_eBA.shape[0]):
+        y = rows_TKA[tokens, slots] @ w_eBA[expert].double().T
+        out[tokens, slots] = y if bias_eB is None else y + bias_eB[expert].double()
+    return out
