@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from moeproof.harness.axes import covering
 from moeproof.harness.case import Case, parse_case
 from moeproof.harness.presets import PRESETS, preset, scaled
-from moeproof.harness.sample import sample
+from moeproof.harness.sample import ACTIVATIONS, sample
 from moeproof.reference.contract.errors import known
 
 TIERS = {
     "quick": "one plain layer through every recipe, boundary sizes, each dtype",
-    "full": "quick, every model preset (scaled), and 200 random cases",
+    "full": "quick, every model preset (scaled), and every pair of values of two axes",
     "soak": "full, and 2,000 random cases",
+    "sweep": "every 16-bit gate through every activation",
 }
 
+SWEPT = tuple(act for act in dict.fromkeys(ACTIVATIONS) if act != "silu:limit=1")
+"""Every activation; a limit of 7 stands for all: beyond it nothing changes any more."""
 _PLAIN = "T=33,H=104,I=72,E=8,K=2"
 QUICK = (
     f"{_PLAIN},relation=permute,seed=1",
@@ -49,8 +53,18 @@ def preset_cases(tokens: int = 8, full_size: bool = False, dtype: str = "bf16") 
 def cases_of(tier: str) -> list[Case]:
     """The cases of a tier, in a fixed order."""
     known("tier", tier, TIERS)
+    if tier == "sweep":
+        return sweep_cases()
     cases = [parse_case(line) for line in QUICK]
     if tier != "quick":
         cases += [case for _, case in preset_cases()]
-        cases += sample(200 if tier == "full" else 2200)
+        cases += covering()
+    if tier == "soak":
+        cases += sample(2000)
     return cases
+
+
+def sweep_cases() -> list[Case]:
+    """All bit patterns of bf16 and fp16 gates, each with two up values, through every activation of the sample."""
+    lines = [f"T=512,H=264,I=256,E=1,K=1,dtype={dtype},act={act},values=sweep" for dtype in ("bf16", "fp16") for act in SWEPT]
+    return [parse_case(line) for line in lines]
