@@ -93,8 +93,15 @@ def judge_shown(shown: Shown, expect: Expectation) -> tuple[dict[str, Comparison
         if name in shown:
             values[name] = expect.value(name, shown)
             experts = inputs.topk_ids if shown[name].dim() == 3 else None
-            results[name] = compare(name, shown[name], values[name], experts)
+            results[name] = compare(name, shown[name], values[name], experts, _halves(name, inputs.problem))
     return results, values
+
+
+def _halves(name: str, p: Problem) -> str:
+    """How gate and up lie in the columns of a tensor, for words about them."""
+    if name != "gate_up" or not p.act.gated:
+        return ""
+    return "interleaved" if p.act.interleaved else "packed"
 
 
 def _check_rows(shown: Shown, inputs: Inputs) -> Comparison:

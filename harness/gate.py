@@ -88,11 +88,11 @@ def wrong_results(
     first = JUDGED.index(upstream) + 1 if upstream else 0
     for kind, fault in faults_of(p).items():
         if first <= JUDGED.index(fault.breaks) <= JUDGED.index(name) and (not kinds or kind in kinds):
-            start = _input_of(fault.breaks, upstream, shown, expect)[:tokens]
+            start = input_of(fault.breaks, upstream, shown, expect)[:tokens]
             yield kind, rerun(name, fault, start, inputs, expect.claims)
 
 
-def _input_of(broken: str, upstream: str | None, shown: Mapping[str, Tensor], expect: Expectation) -> Tensor:
+def input_of(broken: str, upstream: str | None, shown: Mapping[str, Tensor], expect: Expectation) -> Tensor:
     """What the broken stage works on: what the candidate showed, or the oracle's own tensor."""
     before = JUDGED[: JUDGED.index(broken)]
     if not before:

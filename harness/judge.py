@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from moeproof.harness import modes
 from moeproof.harness.case import Case
 from moeproof.harness.checks import CHECKS, LEAN
+from moeproof.harness.explain import explained
 from moeproof.harness.history import cannot_remember
 from moeproof.harness.memory import PATTERNS
 from moeproof.harness.pairs import as_candidate
@@ -74,4 +75,5 @@ def _rule(
             return ruling
         runs.append(run)
     trial = Trial(candidate, case, device, tuple(runs), tally)
-    return next((ruling for check in checks if (ruling := check(trial))), Ruling(Outcome.PASS))
+    ruling = next((ruling for check in checks if (ruling := check(trial))), Ruling(Outcome.PASS))
+    return explained(trial, ruling) if ruling.findings and checks is CHECKS else ruling

@@ -13,6 +13,7 @@ from moeproof.harness.generator import Stream
 from moeproof.harness.recipes import normal_w1, normal_w2, normal_x
 from moeproof.reference.contract.problem import Problem
 from moeproof.reference.contract.schemes import Format
+from moeproof.reference.oracle.activations import GATED, UNGATED
 
 Tensor = torch.Tensor
 
@@ -155,8 +156,8 @@ def tail_w2(p: Problem, s: Stream, rows: int, cols: int, expert: int) -> Tensor:
 
 # sweep: every bit pattern of a 16-bit gate
 
-LEAST_NORMAL = 2.0**-126
-"""Of float32, in which every implementation multiplies."""
+FLUSHED = 2.0**-100
+"""Gates whose result is smaller are left out (0 in their place): float32 products of them may be subnormal, and flushed."""
 UPS = (1.0, -0.75)
 """The up halves of the sweep. At most 1 in size, so that no product leaves the format."""
 
@@ -168,12 +169,10 @@ SCATTER = 40503
 def patterns(fmt: Format, count: int, device: torch.device) -> Tensor:
     """float64 (count,): the values of the 16-bit patterns 0, 40503, 81006, .. modulo 2^16.
 
-    1 stands for NaN and infinity, which would make every sum of their row NaN, and 0 for what is subnormal in float32,
-    which hardware may flush.
+    1 stands for NaN and infinity, which would make every sum of their row NaN.
     """
     index = torch.arange(count, device=device) * SCATTER % 2**16
     value = index.to(torch.int32).to(torch.int16).view(fmt.dtype).double()
-    value = torch.where(value.abs() < LEAST_NORMAL, 0.0, value)
     return torch.where(value.isfinite(), value, 1.0)
 
 
@@ -182,11 +181,13 @@ def sweep_x(p: Problem, s: Stream) -> Tensor:
     gates = patterns(p.fmt, p.T * p.I, s.device).view(p.T, p.I)
     if p.act.name == "relu2_no_mul":
         gates = gates.clamp(-(p.fmt.max**0.5), p.fmt.max**0.5)  # its square must be finite
+    turn = torch.arange(p.T, device=s.device) * p.I // 2**16 % len(UPS)
+    ups = torch.tensor(UPS, dtype=torch.float64, device=s.device)[turn]
+    result = GATED[p.act.name](gates, ups[:, None], p.act) if p.act.gated else UNGATED[p.act.name](gates)
     x = torch.zeros(p.T, p.H, dtype=torch.float64, device=s.device)
-    x[:, : p.I] = gates
+    x[:, : p.I] = torch.where(result.abs() < FLUSHED, 0.0, gates)
     if p.act.gated:
-        turn = torch.arange(p.T, device=s.device) * p.I // 2**16 % len(UPS)
-        x[:, p.H - 1] = torch.tensor(UPS, dtype=torch.float64, device=s.device)[turn]
+        x[:, p.H - 1] = ups
     return x
 
 
