@@ -71,6 +71,22 @@ def replay(
 
 
 @app.command()
+def shrink(
+    case: Annotated[str, typer.Argument(help="A case line that fails, in quotes.")],
+    candidate: Annotated[str, typer.Option(help="The candidate that fails on it.")],
+    seconds: Annotated[float, typer.Option(help="Time limit.")] = 60.0,
+    runs: Annotated[int, typer.Option(help="Limit on the number of runs.")] = 400,
+    mode: Mode = "auto",
+    json: Json = False,
+) -> None:
+    """Find the simplest case that fails in the same way; crashes and hangs too."""
+    from moeproof.harness import shrink_report, workers
+
+    workers.settle(mode)
+    raise typer.Exit(shrink_report.main(case, candidate, seconds, runs, json))
+
+
+@app.command()
 def matrix(
     mode: Mode = "auto",
     config: Annotated[Optional[Path], typer.Option(help="The matrix as data; by default ci/matrix.json here.")] = None,  # noqa: UP045

@@ -35,8 +35,11 @@ def within(got: Tensor, want: Value) -> Tensor:
     return ok
 
 
-def compare(name: str, got: Tensor, want: Value, experts: Tensor | None = None) -> Comparison:
-    """Judge one tensor in canonical coordinates, leaving out rows that are not live and what an upstream fault made NaN."""
+def compare(name: str, got: Tensor, want: Value, experts: Tensor | None = None, halves: str = "") -> Comparison:
+    """Judge one tensor in canonical coordinates, leaving out rows that are not live and what an upstream fault made NaN.
+
+    `experts` and `halves` only serve to say where errors sit, see pattern.describe.
+    """
     exact = got.double()
     bound = torch.zeros_like(want.value) if want.bound is None else want.bound
     value = Value(want.value, bound, want.live, want.fmt)
@@ -50,10 +53,10 @@ def compare(name: str, got: Tensor, want: Value, experts: Tensor | None = None) 
     worst = float(ratio.max()) if ratio.numel() else 0.0
     if not bool(bad.any()):
         return Comparison((), checked, worst)
-    return Comparison((_finding(name, exact, value, bad, checked, experts),), checked, worst)
+    return Comparison((_finding(name, exact, value, bad, checked, experts, halves),), checked, worst)
 
 
-def _finding(name: str, got: Tensor, want: Value, bad: Tensor, total: int, experts: Tensor | None) -> Finding:
+def _finding(name: str, got: Tensor, want: Value, bad: Tensor, total: int, experts: Tensor | None, halves: str) -> Finding:
     assert want.bound is not None
     # The worst element: NaN first, then the largest error relative to what is allowed.
     excess = (got - want.value).abs() / (want.bound + want.value.abs() * 2.0**-60 + 2.0**-200)
@@ -79,7 +82,7 @@ def _finding(name: str, got: Tensor, want: Value, bad: Tensor, total: int, exper
         allowed=float(want.bound[at]),
         bad=int(bad.sum()),
         total=total,
-        pattern=describe(bad, experts),
+        pattern=describe(bad, experts, halves),
     )
 
 

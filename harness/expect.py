@@ -21,6 +21,10 @@ from moeproof.reference.oracle.value import Trace, Value
 
 Tensor = torch.Tensor
 Shown = Mapping[str, Tensor]
+JUDGED = ("gate_up", "h", "y", "out")
+"""Tensors with a bound, in the order of the stages."""
+UPSTREAM = {"gate_up": (), "h": ("gate_up",), "y": ("h",), "out": ("y",)}
+"""What the isolated stage starts from, where the candidate shows it."""
 
 
 def shapes(p: Problem, inputs: Inputs) -> dict[str, tuple[int, ...] | None]:
@@ -85,12 +89,19 @@ def judge_shown(shown: Shown, expect: Expectation) -> tuple[dict[str, Comparison
             results["rows"] = _check_rows(shown, inputs)
     if "sorted_slots" in shown:
         results["sorted_slots"] = check_permute(shown["sorted_slots"], shown["block_expert"], shown["num_padded"], inputs)
-    for name in ("gate_up", "h", "y", "out"):
+    for name in JUDGED:
         if name in shown:
             values[name] = expect.value(name, shown)
             experts = inputs.topk_ids if shown[name].dim() == 3 else None
-            results[name] = compare(name, shown[name], values[name], experts)
+            results[name] = compare(name, shown[name], values[name], experts, _halves(name, inputs.problem))
     return results, values
+
+
+def _halves(name: str, p: Problem) -> str:
+    """How gate and up lie in the columns of a tensor, for words about them."""
+    if name != "gate_up" or not p.act.gated:
+        return ""
+    return "interleaved" if p.act.interleaved else "packed"
 
 
 def _check_rows(shown: Shown, inputs: Inputs) -> Comparison:

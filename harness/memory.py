@@ -7,6 +7,7 @@ bands. The three runs must agree bit for bit.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,6 +22,9 @@ GUARD = 512
 """Bytes on each side: keeps the alignment that CUDA's allocator promises."""
 PATTERNS = ("nan", "ff", "big")
 """NaN in floats and huge integers; all bits set (-1 in ids); 1e4 in floats and small positive integers."""
+
+DIRTY = (1 << 10, 1 << 13, 1 << 16, 1 << 20)
+"""Sizes in bytes of the blocks that are filled and freed before a call."""
 
 _aten = torch.ops.aten
 _EMPTY = (_aten.empty.memory_format, _aten.empty_strided.default, _aten.empty_like.default, _aten.new_empty.default)
@@ -93,6 +97,25 @@ def guard_inputs(inputs: Inputs, pattern: str) -> tuple[Inputs, list[Guarded]]:
     return inputs.map(copies), guards
 
 
+def dirty(device: torch.device) -> None:
+    """Leave garbage in the allocator's free lists: what a kernel allocates past torch.empty is not clean either."""
+    for size in DIRTY:
+        torch.full((size,), 0xFF, dtype=torch.uint8, device=device)
+
+
+def overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the byte spans of two tensors meet. Interleaved views of one buffer count: their spans do."""
+    if a.device != b.device or a.layout != torch.strided or b.layout != torch.strided or not a.numel() or not b.numel():
+        return False
+    (a0, a1), (b0, b1) = _span(a), _span(b)
+    return a0 < b1 and b0 < a1
+
+
+def _span(t: Tensor) -> tuple[int, int]:
+    last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+    return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
+
+
 @dataclass
 class Poison(TorchDispatchMode):
     """While active, every torch.empty is poisoned and every empty or zeros lies between guard bands."""
@@ -103,7 +126,18 @@ class Poison(TorchDispatchMode):
     def __post_init__(self) -> None:
         super().__init__()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: torch would import its compiler (2 s) on the first call, to keep it out; see __torch_dispatch__."""
+        return False
+
     def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "torch._dynamo" in sys.modules:  # a candidate compiles: it must not look in here
+            return _outside_dynamo(self, func, args, kwargs)
+        return self.poisoned(func, args, kwargs)
+
+    def poisoned(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The operation's own result, or poisoned memory in its place."""
         result = func(*args, **(kwargs or {}))
         if func not in _EMPTY and func not in _ZERO:
             return result
@@ -117,3 +151,6 @@ class Poison(TorchDispatchMode):
 
     def damage(self) -> list[str]:
         return [words for guard in self.allocations if (words := guard.damage())]
+
+
+_outside_dynamo = torch._disable_dynamo(Poison.poisoned)

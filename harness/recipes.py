@@ -7,7 +7,6 @@ halves differ, and no absolute floor can hide an error. Gate and up rows have di
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 
@@ -103,14 +102,3 @@ def sat_w1(p: Problem, s: Stream, rows: int, cols: int) -> Tensor:
 def sat_w2(p: Problem, s: Stream, rows: int, cols: int) -> Tensor:
     """Four entries of +-1 a row: |y| <= 4 * 12 * 2^7, which has at most 6 bits."""
     return _sparse(s, rows, cols, 4, -1, 2) * 2.0**-6
-
-
-MakeX = Callable[[Problem, Stream], Tensor]
-MakeW = Callable[[Problem, Stream, int, int], Tensor]
-
-RECIPES: dict[str, tuple[MakeX, MakeW, MakeW]] = {
-    "normal": (normal_x, normal_w1, normal_w2),
-    "hetero": (hetero_x, hetero_w1, hetero_w2),
-    "int": (int_x, int_w, int_w),
-    "sat": (sat_x, sat_w1, sat_w2),
-}

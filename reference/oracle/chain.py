@@ -147,10 +147,15 @@ def spreads(inputs: Inputs, claims: Claims) -> dict[str, Spread]:
         assert inputs.latent_down is not None
         x = project(x.value, inputs.latent_down, p.fmt)
     gate_up, h, y = _experts(inputs, x, claims)
+    return {"gate_up": gate_up, "h": h, "y": y, "out": finish(inputs, y, claims)}
+
+
+def finish(inputs: Inputs, y: Spread, claims: Claims) -> Spread:
+    """out (T, H) of the experts' y (T, K, .): weigh and sum, scale, leave the latent width, add the shared expert."""
+    p = inputs.problem
     exact, magnitude, quantum = routed_sum(inputs, y.value)
-    w = slot_weights(inputs)[:, :, None]
     own = combine_error(magnitude, p.slots + 1, quantum, p.fmt, claims)
-    total = Spread(exact, (w**2 * y.variance).sum(dim=1) + (own / SIGMAS) ** 2)
+    total = Spread(exact, (_squared_weights(inputs)[:, :, None] * y.variance).sum(dim=1) + (own / SIGMAS) ** 2)
     total = Spread(total.value * p.scale_on_sum, total.variance * p.scale_on_sum**2)
     if p.latent:
         total = _out_of_latent(inputs, total)
@@ -160,7 +165,18 @@ def spreads(inputs: Inputs, claims: Claims) -> dict[str, Spread]:
         total = Spread(total.value + value, total.variance + (allowed / SIGMAS) ** 2 + (2 * U32 * value) ** 2)
         if claims.combine == "dtype":
             total = Spread(total.value, total.variance + ulp(total.value, p.fmt) ** 2 / 6)
-    return {"gate_up": gate_up, "h": h, "y": y, "out": total}
+    return total
+
+
+def _squared_weights(inputs: Inputs) -> Tensor:
+    """float64 (T, K): what each slot's variance is multiplied by in the sum over slots.
+
+    Slots of one token that name one expert hold the same y with the same error: their weights add up before they are
+    squared. w_k * (sum of w_j over such slots j) has that sum over the group.
+    """
+    w, ids = slot_weights(inputs), inputs.topk_ids
+    same = ids[:, :, None] == ids[:, None, :]
+    return w * torch.where(same, w[:, None, :], 0.0).sum(dim=2)
 
 
 def _out_of_latent(inputs: Inputs, total: Spread) -> Spread:
