@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from moeproof.harness.invariants import find_rows
+from moeproof.harness.memory import overlap
 from moeproof.reference.contract.candidate import Candidate, Pair
 from moeproof.reference.contract.errors import ContractError
 from moeproof.reference.contract.inputs import Inputs
@@ -19,6 +21,20 @@ from moeproof.reference.contract.problem import Problem
 from moeproof.reference.oracle.experts import input_rows, local_ids
 
 Tensor = torch.Tensor
+
+
+APPLY = (
+    *("hidden_states", "w1", "w2", "topk_ids", "activation", "global_num_experts", "expert_map", "w1_scale", "w2_scale"),
+    *("w1_zp", "w2_zp", "a1q_scale", "a2_scale", "workspace13", "workspace2", "expert_num_tokens"),
+)
+"""The arguments of `apply`, in their order."""
+
+
+class SharedMemory(Exception):
+    """Two arguments of a stage overlap: what one part writes, another reads."""
+
+    def as_finding(self) -> dict[str, Any]:
+        return {"tensor": "memory", "message": str(self)}
 
 
 class Tap:
@@ -79,6 +95,7 @@ def run_pair(pair: Pair, inputs: Inputs) -> Mapping[str, Tensor]:
     if "apply" not in experts.calls:
         return shown
     arguments, y = experts.calls["apply"]
+    _check_apart(arguments)
     if pair.layout == "standard":
         if y.shape == (p.T, p.slots, p.hidden):
             shown["y"] = y
@@ -88,6 +105,14 @@ def run_pair(pair: Pair, inputs: Inputs) -> Mapping[str, Tensor]:
     else:
         shown |= _batched(prepare_finalize.calls["prepare"][1], y, inputs)
     return shown
+
+
+def _check_apart(arguments: tuple[Any, ...]) -> None:
+    """The alias matrix of `apply`: a workspace shares memory with no other argument."""
+    named = {name: t for name, t in zip(APPLY, arguments, strict=True) if isinstance(t, Tensor)}
+    for (a, x), (b, y) in itertools.combinations(named.items(), 2):
+        if "workspace" in a + b and overlap(x, y):
+            raise SharedMemory(f"{a} and {b} of apply share memory")
 
 
 def _batched(prepared: tuple[Any, ...], y: Tensor, inputs: Inputs) -> dict[str, Tensor]:

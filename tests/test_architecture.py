@@ -27,6 +27,7 @@ ARROWS = [
     ("optimized/*", ("torch", "triton", "reference.contract", "optimized")),
     ("harness/interpreter*.py", ("torch", "triton", "numpy", "reference", "harness")),
     ("harness/pytest_plugin.py", ("torch", "pytest", "reference", "harness")),
+    ("harness/strategies.py", ("torch", "hypothesis", "reference", "harness")),
     ("harness/cli.py", ("torch", "typer", "rich", "reference", "harness", "_version")),
     ("harness/doctor.py", ("torch", "reference", "harness", "_version")),
     ("harness/report.py", ("torch", "rich", "reference", "harness")),

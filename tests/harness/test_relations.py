@@ -163,3 +163,18 @@ def test_ids_that_no_expert_has_are_refused_or_ignored() -> None:
     assert judge(Candidate("ignores", ignores), case, "cpu").outcome is Outcome.PASS
     assert judge(Candidate("wraps", wraps), case, "cpu").outcome is Outcome.FAIL
     assert "refuses ids >= E" in judge(_installed("eager"), case, "cpu").reason
+
+
+def test_workspaces_that_share_memory_are_found() -> None:
+    """A kernel that gives the second product its own input to write into."""
+    from moeproof.harness.pairs import SharedMemory, _check_apart
+
+    x, buffer = torch.zeros(4, 8), torch.zeros(64)
+    rest = (*(None,) * 9,)
+    arguments = (x, x.new_zeros(2, 8, 8), x.new_zeros(2, 8, 4), torch.zeros(4, 1), *rest, buffer[:32], buffer[32:], None)
+    _check_apart(arguments)
+
+    with pytest.raises(SharedMemory, match="workspace13 and workspace2 of apply share memory"):
+        _check_apart((*arguments[:13], buffer[:40], buffer[32:], None))
+    with pytest.raises(SharedMemory, match="hidden_states and workspace2 of apply"):
+        _check_apart((buffer[:8], *arguments[1:13], buffer[32:], buffer[:4], None))
