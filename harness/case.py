@@ -27,6 +27,10 @@ VALUES = {
     "clamp": "pre-activations far beyond the activation's limit, on both sides",
     "tail": "gates of -3 to -4, where the two gelus differ by a quarter",
     "sweep": "every bit pattern of a 16-bit gate, I to a token: T * I = 2^17 holds each with two up values",
+    "groups": "normal, with magnitudes spread over 9 binades per token, channel, expert and group of 16 columns",
+    "edges": "zero rows and blocks, and an amax at and next to powers of two and at the format's maximum, in every 16 columns",
+    "ties": "x lies exactly between codes, where every spelling of a scale formula rounds its own way",
+    "pin": "exact probe of a quantised scheme: every scale is a power of two, amax at the format's maximum, sums exact",
 }
 ROUTINGS = {
     "uniform": "K distinct experts per token, all equally likely",
@@ -127,11 +131,16 @@ class Case:
 
     def _check_values(self) -> None:
         p, act = self.problem, self.problem.act
-        if self.values in ("sat", "tagged"):
+        if self.values in ("sat", "tagged", "pin"):
             exact = act.name in (*SATURATING, "relu_no_mul") and not act.limit
             check(exact, f"values={self.values} needs an activation that saturates exactly; '{act}' does not")
         if self.values == "tagged":
             check(p.H > 1, "values=tagged needs H > 1")
+        if self.values == "pin":
+            check(p.quant.quantised, "values=pin pins scales: it needs a quantised scheme")
+            check(p.dtype != "fp16", "values=pin leaves fp16's range: use bf16 or fp32")
+            check(min(p.H, p.I) >= 16, f"values=pin needs 16 columns, H={p.H} and I={p.I}")
+            check(not p.weight_on_input, "values=pin pins x itself: the weight cannot be on the input")
         if self.values == "cancel":
             check(p.K > 1 and p.E > 1, "values=cancel needs K > 1 slots and E > 1 experts to cancel")
         if self.values == "clamp":

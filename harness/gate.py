@@ -59,7 +59,9 @@ def accepts(name: str, shown: Mapping[str, Tensor], expect: Expectation) -> list
     want = expect.value(name, shown)
     tokens = want.value.shape[0]
     undecided: list[str] = []
-    for count in dict.fromkeys((min(FEW, tokens), tokens)):
+    # A scale that is one for all tokens is another for a few of them.
+    few = tokens if expect.inputs.problem.quant.quantised else min(FEW, tokens)
+    for count in dict.fromkeys((few, tokens)):
         part = _first(want, count)
         undecided = [
             kind
@@ -77,7 +79,7 @@ def wrong_results(
     """(kind, float64 tensor) of the first tokens: the value scaled, negated, rolled and disturbed, and the stages run
     again with a fault, as far as they lie between what is shown and `name`. All of them, or those of the given kinds.
     """
-    for kind, wrong in null_kernels(want.value).items():
+    for kind, wrong in null_kernels(want.value, expect.noise(name, shown)).items():
         if not kinds or kind in kinds:
             yield kind, wrong
     p = expect.inputs.problem

@@ -13,14 +13,16 @@ import torch
 
 from moeproof.harness.invariants import find_rows
 from moeproof.harness.memory import overlap
+from moeproof.harness.quant_expect import dispatched, wrong_row_scales
 from moeproof.reference.contract.candidate import Candidate, Pair
 from moeproof.reference.contract.errors import ContractError
 from moeproof.reference.contract.inputs import Inputs
 from moeproof.reference.contract.modular import FusedMoEModularKernel
 from moeproof.reference.contract.problem import Problem
-from moeproof.reference.oracle.experts import input_rows, local_ids
+from moeproof.reference.oracle.experts import local_ids
 
 Tensor = torch.Tensor
+QUANT_ARGUMENTS = ("w1_scale", "w2_scale", "w1_zp", "w2_zp", "a1_scale", "a2_scale")
 
 
 APPLY = (
@@ -41,11 +43,11 @@ class Tap:
     """Forwards everything to the real object, and remembers what its methods were given and returned."""
 
     def __init__(self, inner: object, watch: tuple[str, ...]) -> None:
-        self._inner, self._watch = inner, watch
+        self.inner, self._watch = inner, watch
         self.calls: dict[str, tuple[tuple[Any, ...], Any]] = {}
 
     def __getattr__(self, name: str) -> Any:
-        value = getattr(self._inner, name)
+        value = getattr(self.inner, name)
         if name not in self._watch:
             return value
 
@@ -89,6 +91,7 @@ def run_pair(pair: Pair, inputs: Inputs) -> Mapping[str, Tensor]:
         activation=str(p.act),
         global_num_experts=p.weight_experts,
         expert_map=inputs.expert_map,
+        **{name: getattr(inputs, name) for name in QUANT_ARGUMENTS},
         apply_router_weight_on_input=p.weight_on_input,
     )
     shown: dict[str, Tensor] = {"out": out}
@@ -102,8 +105,14 @@ def run_pair(pair: Pair, inputs: Inputs) -> Mapping[str, Tensor]:
         if pair.slots_in_workspace2:
             workspace2 = arguments[14]
             shown["h"] = workspace2[: p.T * p.slots * p.I].view(p.T, p.slots, p.I)
+        if p.quant.a1 is not None:
+            xq, xs = prepare_finalize.calls["prepare"][1][:2]
+            shown |= {"xq": xq, "xs": xs}
+        if pair.taps is not None:
+            shown |= pair.taps(experts.inner)  # type: ignore[arg-type]
     else:
-        shown |= _batched(prepare_finalize.calls["prepare"][1], y, inputs)
+        kept = {} if pair.taps is None else pair.taps(experts.inner)  # type: ignore[arg-type]
+        shown |= _batched(prepare_finalize.calls["prepare"][1], {**kept, "y": y}, inputs)
     return shown
 
 
@@ -115,20 +124,37 @@ def _check_apart(arguments: tuple[Any, ...]) -> None:
             raise SharedMemory(f"{a} and {b} of apply share memory")
 
 
-def _batched(prepared: tuple[Any, ...], y: Tensor, inputs: Inputs) -> dict[str, Tensor]:
-    """rows and counts as dispatched, and y brought to canonical coordinates through the rows' own bytes."""
+def _batched(prepared: tuple[Any, ...], results: Mapping[str, Tensor], inputs: Inputs) -> dict[str, Tensor]:
+    """rows and counts as dispatched, and the results brought to canonical coordinates through the rows' own bytes."""
     rows, counts = prepared[0], prepared[2]
     shown: dict[str, Tensor] = {"rows": rows, "expert_num_tokens": counts}
+    if inputs.problem.quant.a1 is not None and isinstance(prepared[1], Tensor):
+        shown["row_scales"] = prepared[1]
     e = inputs.w1.shape[0]
-    if counts.shape != (e,) or rows.dim() != 3 or rows.shape[0] != e or y.shape[:2] != rows.shape[:2]:
+    if counts.shape != (e,) or rows.dim() != 3 or rows.shape[0] != e:
         return shown
-    index, _ = find_rows(rows, counts, inputs, input_rows(inputs, inputs.hidden_states).to(rows.dtype))
+    row_scales = shown.get("row_scales")
+    if wrong_row_scales(rows, row_scales, inputs):
+        return shown
+    own, want = dispatched(rows, row_scales, inputs)
+    index, _ = find_rows(own, counts, inputs, want)
     if bool(((index < 0) & (local_ids(inputs) >= 0)).any()):
         return shown
-    flat = y.reshape(-1, y.shape[-1])
-    live = (index >= 0)[:, :, None]
-    shown["y"] = torch.where(live, flat[index.clamp(min=0)], 0) if flat.numel() else flat.new_zeros(*index.shape, y.shape[-1])
+    for name, t in results.items():
+        if t.shape[:2] == rows.shape[:2]:
+            shown[name] = _at(t, index)
+        elif t.shape == (1, 1, 1):
+            shown[name] = t
     return shown
+
+
+def _at(t: Tensor, index: Tensor) -> Tensor:
+    """(e, C, X) at flat rows (T, K) -> (T, K, X), zero where there is no row. Bytes are moved: not every dtype can index."""
+    flat = t.reshape(-1, t.shape[-1]).contiguous().view(torch.uint8)
+    if not flat.numel():
+        return torch.zeros(*index.shape, t.shape[-1], dtype=t.dtype, device=t.device)
+    picked = flat[index.clamp(min=0).flatten()]
+    return torch.where((index.flatten() >= 0)[:, None], picked, 0).view(t.dtype).view(*index.shape, t.shape[-1])
 
 
 def as_candidate(thing: object) -> Candidate:

@@ -14,6 +14,8 @@ from moeproof.reference.contract.problem import Problem
 from moeproof.reference.oracle import activations
 from moeproof.reference.oracle.chain import finish, known, project
 from moeproof.reference.oracle.experts import by_expert, input_rows, local_ids
+from moeproof.reference.oracle.products import decoded
+from moeproof.reference.oracle.quant_stages import quant1, quant2, weight
 
 Tensor = torch.Tensor
 TILES = (64, 16)
@@ -73,10 +75,20 @@ def faults_of(p: Problem) -> dict[str, Fault]:
 
 def rerun(name: str, fault: Fault, start: Tensor, inputs: Inputs, claims: Claims) -> Tensor:
     """float64 `name` before it is rounded, from `start`, the input of the broken stage (the hidden states for GEMM1)."""
-    value = fault.harm(start.double())
+    value = fault.harm(_entering(fault.breaks, start.double(), inputs))
     for stage in JUDGED[JUDGED.index(fault.breaks) : JUDGED.index(name) + 1]:
-        value = run_stage(stage, value, inputs, claims)
+        value = run_stage(stage, value if stage == fault.breaks else _entering(stage, value, inputs), inputs, claims)
     return value
+
+
+def _entering(stage: str, x: Tensor, inputs: Inputs) -> Tensor:
+    """What a stage reads: where the scheme quantises its input, the values that the codes stand for."""
+    scheme = inputs.problem.quant
+    if stage == "gate_up" and scheme.a1 is not None:
+        return decoded(quant1(inputs)).values
+    if stage == "y" and scheme.a2 is not None:
+        return decoded(quant2(inputs, x)).values
+    return x
 
 
 def run_stage(name: str, x: Tensor, inputs: Inputs, claims: Claims) -> Tensor:
@@ -86,19 +98,22 @@ def run_stage(name: str, x: Tensor, inputs: Inputs, claims: Claims) -> Tensor:
         if p.latent:
             assert inputs.latent_down is not None
             x = project(x, inputs.latent_down, p.fmt).value
-        return _grouped(input_rows(inputs, x), inputs.w1, inputs.b1, inputs)
+        rows = input_rows(inputs, x) if p.quant.a1 is None else x[:, None].expand(*inputs.topk_ids.shape, -1)
+        return _grouped(rows, "w1", inputs.b1, p.N, inputs)
     if name == "h":
         return activations.exact(x, p.act)
     if name == "y":
-        return _grouped(x, inputs.w2, inputs.b2, inputs)
+        return _grouped(x, "w2", inputs.b2, p.hidden, inputs)
     return finish(inputs, known(x), claims).value
 
 
-def _grouped(rows_TKA: Tensor, w_eBA: Tensor, bias_eB: Tensor | None, inputs: Inputs) -> Tensor:
-    """float64 (T, K, B): each live row times its expert's weights, plus its bias."""
+def _grouped(rows_TKA: Tensor, name: str, bias_eB: Tensor | None, width: int, inputs: Inputs) -> Tensor:
+    """float64 (T, K, width): each live row times its expert's weights, plus its bias."""
     local = local_ids(inputs)
-    out = torch.zeros(*local.shape, w_eBA.shape[1], dtype=torch.float64, device=rows_TKA.device)
-    for expert, tokens, slots in by_expert(local, w_eBA.shape[0]):
-        y = rows_TKA[tokens, slots] @ w_eBA[expert].double().T
+    out = torch.zeros(*local.shape, width, dtype=torch.float64, device=rows_TKA.device)
+    for expert, tokens, slots in by_expert(local, inputs.w1.shape[0]):
+        quantised = inputs.problem.quant.quantised
+        w = decoded(weight(inputs, name, expert)).values if quantised else getattr(inputs, name)[expert].double()
+        y = rows_TKA[tokens, slots] @ w.T
         out[tokens, slots] = y if bias_eB is None else y + bias_eB[expert].double()
     return out

@@ -9,6 +9,7 @@ import torch
 
 from moeproof.harness.expect import shapes
 from moeproof.harness.memory import Guarded, Poison, dirty, guard_inputs, overlap
+from moeproof.harness.quant_expect import code_dtypes
 from moeproof.harness.verdict import Finding
 from moeproof.reference.contract.candidate import Candidate
 from moeproof.reference.contract.errors import ContractError
@@ -92,6 +93,9 @@ def _wrong_dtype(name: str, t: Tensor, given: Inputs) -> str | None:
     if name in ("topk_ids", "expert_num_tokens", "sorted_slots", "block_expert", "num_padded"):
         integer = not t.dtype.is_floating_point and not t.dtype.is_complex and t.dtype != torch.bool
         return None if integer else f"is {t.dtype}, must be an integer dtype"
+    exact = code_dtypes(given) if given.problem.quant.quantised else {}
+    if name in exact:
+        return None if t.dtype == exact[name] else f"is {t.dtype}, must be {exact[name]}"
     allowed = {"out": (own,), "topk_weights": (torch.float32,), "rows": (own,)}.get(name, (own, torch.float32))
     names = " or ".join(str(d) for d in dict.fromkeys(allowed))
     return None if t.dtype in allowed else f"is {t.dtype}, must be {names}"

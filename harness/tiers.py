@@ -5,13 +5,14 @@ from __future__ import annotations
 from moeproof.harness.axes import covering
 from moeproof.harness.case import Case, parse_case
 from moeproof.harness.presets import PRESETS, preset, scaled
+from moeproof.harness.quant_sample import sample_quantised
 from moeproof.harness.sample import ACTIVATIONS, sample
 from moeproof.reference.contract.errors import known
 
 TIERS = {
     "quick": "one plain layer through every recipe, boundary sizes, each dtype",
-    "full": "quick, every model preset (scaled), and every pair of values of two axes",
-    "soak": "full, and 2,000 random cases",
+    "full": "quick, every model preset (scaled), every pair of values of two axes, and 200 cases of quantised schemes",
+    "soak": "full, and 2,000 random cases, and 2,000 of quantised schemes",
     "sweep": "every 16-bit gate through every activation",
 }
 
@@ -58,9 +59,9 @@ def cases_of(tier: str) -> list[Case]:
     cases = [parse_case(line) for line in QUICK]
     if tier != "quick":
         cases += [case for _, case in preset_cases()]
-        cases += covering()
+        cases += [*covering(), *sample_quantised(200)]
     if tier == "soak":
-        cases += sample(2000)
+        cases += [*sample(2000), *sample_quantised(2000, start=200)]
     return cases
 
 

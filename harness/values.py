@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from moeproof.harness import probes, recipes
+from moeproof.harness import pinned, probes, recipes
 from moeproof.harness.generator import Stream
 from moeproof.reference.contract.problem import Problem
 
@@ -35,13 +35,17 @@ RECIPES: dict[str, tuple[MakeX, MakeW, MakeW]] = {
     "asym": (probes.asym_x, probes.asym_w1, probes.asym_w2),
     "clamp": (recipes.normal_x, probes.clamp_w1, _normal_w2),
     "tail": (probes.tail_x, probes.tail_w1, probes.tail_w2),
+    "groups": (recipes.groups_x, _alike(recipes.groups_w1), _alike(recipes.groups_w2)),
+    "edges": (recipes.edges_x, _alike(recipes.edges_w1), _alike(recipes.edges_w2)),
+    "ties": (recipes.ties_x, _normal_w1, _normal_w2),
+    "pin": (pinned.pinned_x, _alike(pinned.pinned_w1), _alike(pinned.pinned_w2)),
     "sweep": (probes.sweep_x, probes.sweep_w1, probes.sweep_w2),
 }
-WHOLE = ("int", "sat", "tagged", "wide")
+WHOLE = ("int", "sat", "tagged", "wide", "pin")
 """Biases are small integers."""
-NO_BIAS = ("sat", "tagged")
+NO_BIAS = ("sat", "tagged", "pin")
 """A bias on the gate would leave the saturated values."""
-EXACT_WEIGHTS = ("int", "sat", "tagged", "sweep")
+EXACT_WEIGHTS = ("int", "sat", "tagged", "sweep", "pin")
 """Routing weights are powers of two."""
 
 

@@ -3,6 +3,7 @@
 from moeproof.reference.contract.activations import ACTIVATIONS, Activation
 from moeproof.reference.contract.candidate import Candidate, Claims, Pair, RankPair
 from moeproof.reference.contract.errors import ContractError
+from moeproof.reference.contract.formats import FORMATS, Format
 from moeproof.reference.contract.grid import Grid
 from moeproof.reference.contract.inputs import Inputs
 from moeproof.reference.contract.link import Link
@@ -15,7 +16,7 @@ from moeproof.reference.contract.modular import (
 from moeproof.reference.contract.placement import expert_map, local_experts
 from moeproof.reference.contract.problem import Problem
 from moeproof.reference.contract.router import Router
-from moeproof.reference.contract.schemes import FORMATS, SCHEMES, Format, QuantScheme
+from moeproof.reference.contract.schemes import SCHEMES, Quantiser, QuantScheme
 from moeproof.reference.contract.stages import STAGES, Stage
 from moeproof.reference.contract.world import World, rank_seed
 
@@ -38,6 +39,7 @@ __all__ = [
     "Pair",
     "Problem",
     "QuantScheme",
+    "Quantiser",
     "RankPair",
     "Router",
     "Stage",
