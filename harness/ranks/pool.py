@@ -17,7 +17,7 @@ from typing import Any
 from moeproof.harness.ranks import wire
 from moeproof.harness.ranks.context import RankContext, rank_seed
 from moeproof.harness.ranks.outcome import RankRun
-from moeproof.harness.ranks.process import fork_server, how_it_ended, kill
+from moeproof.harness.ranks.process import fork_server, guard, how_it_ended, kill
 from moeproof.harness.ranks.transport import place
 from moeproof.harness.ranks.watchdog import Member, conclude, in_step, watch
 from moeproof.harness.ranks.worker import Spec, main, output_file, stack_file
@@ -82,11 +82,15 @@ class RankPool:
             os.truncate(member.journal, 0)
             os.truncate(output_file(member.folder, member.rank), 0)
         started = time.monotonic()
-        for member in self._members:
-            with contextlib.suppress(OSError):  # a rank that died since the last case shows below
-                member.pool.send_bytes(message)
-        seen = watch(self._members, started + limit)
-        run = conclude(seen, started, limit, seeds)
+        try:
+            for member in self._members:
+                with contextlib.suppress(OSError):  # a rank that has just died shows below
+                    member.pool.send_bytes(message)
+            seen = watch(self._members, started + limit)
+            run = conclude(seen, started, limit, seeds)
+        except BaseException:  # interrupted: the ranks are in the middle of something
+            self.kill()
+            raise
         if not in_step(seen, run):
             self.kill()
         return replace(run, note=note) if note else run
@@ -126,6 +130,9 @@ class RankPool:
             processes.append(process)
             assert process.pid is not None, "just started"
             members.append(Member(rank, process, ours, folder, process.pid))
+        watcher = server.Process(target=guard, args=([m.pid for m in members],), name="guard")
+        watcher.start()
+        processes.insert(0, watcher)  # ends first: the process ids that it holds must not have found new owners
         seen = watch(members, started + START_DEADLINE)
         if not seen.running and not seen.trouble:
             return None

@@ -1,9 +1,9 @@
 """Rank processes: how they start, how they end, and why none outlives its pool.
 
 A rank is forked by a fork server that has only imported torch: start-up costs hundredths of a second, and neither threads
-nor CUDA of the calling process are copied. Its life is tied to the pool's process by the kernel (the fork server ends
-when the pool's process does, and the parent-death signal then kills its ranks) and by a thread of its own, which takes
-along whatever the rank started itself.
+nor CUDA of the calling process are copied. Its life is tied to the pool's process twice. By the kernel: the fork server
+ends when the pool's process does, and the parent-death signal then kills its ranks. And by a guard, a process that does
+nothing but wait for that end, and then kills the process group of every rank: that takes along what a rank started itself.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import multiprocessing.forkserver
 import os
 import signal
 import sys
-import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -38,20 +37,33 @@ def tie_to_pool() -> None:
     os.setpgid(0, 0)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    _leave_the_fork_server()
+
+
+def guard(ranks: Sequence[int]) -> None:
+    """The life of a guard: wait for the pool's process to end, then kill the process groups of its ranks."""
+    os.setpgid(0, 0)
+    _leave_the_fork_server()
+    pool = multiprocessing.parent_process()
+    assert pool is not None, "a guard is started by a pool"
+    pool.join()
+    for pid in ranks:
+        _kill_group(pid)
+
+
+def _leave_the_fork_server() -> None:
+    """The server runs as long as somebody holds this pipe. A rank that hangs would keep it, and so itself, alive."""
     server: Any = multiprocessing.forkserver._forkserver
     alive = getattr(server, "_forkserver_alive_fd", None)
     if alive is not None:
-        # The server runs as long as somebody holds this pipe. A rank that hung would keep it, and so itself, alive.
         os.close(alive)
         server._forkserver_alive_fd = None
-    threading.Thread(target=_follow_pool, name="follow the pool", daemon=True).start()
 
 
-def _follow_pool() -> None:
-    pool = multiprocessing.parent_process()
-    assert pool is not None, "a rank is started by a pool"
-    pool.join()
-    os.killpg(0, signal.SIGKILL)
+def _kill_group(pid: int) -> None:
+    """The group exists once the rank has made it, and outlives the rank while something that it started lives."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
 
 
 def kill(processes: Iterable[BaseProcess]) -> None:
@@ -59,10 +71,8 @@ def kill(processes: Iterable[BaseProcess]) -> None:
     processes = list(processes)
     for process in processes:
         assert process.pid is not None, "started processes only"
-        # The group exists once the rank has made it, and may outlive the rank.
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
         process.kill()
+        _kill_group(process.pid)
     for process in processes:
         process.join(5.0)
         process.close()

@@ -104,9 +104,11 @@ def _wrapped(function: Callable[..., Any], name: str, journal: Journal) -> Calla
 def _entry(name: str, signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Entry | None:
     """The call in words; None where torch itself will refuse it or ignore it."""
     try:
-        given = signature.bind(*args, **kwargs).arguments
+        bound = signature.bind(*args, **kwargs)
     except TypeError:
         return None
+    bound.apply_defaults()  # a reduction that one rank leaves out and another spells is the same
+    given = bound.arguments
     group = None if name in ("new_group", "split_group") else _group(given.get("group"))
     if group == ():
         return None  # this rank is no member: torch ignores the call

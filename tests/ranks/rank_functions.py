@@ -188,3 +188,26 @@ def functional_sum(context: RankContext) -> float:
     import torch.distributed._functional_collectives as functional
 
     return float(functional.all_reduce(torch.ones(2), "sum", dist.group.WORLD).sum())
+
+
+def refuses(context: RankContext, refuser: int) -> None:
+    """One rank refuses its arguments and tells the others, who raise what they were told."""
+    from moeproof.reference.contract.errors import ContractError
+
+    reasons: list[str | None] = [None] * context.world_size
+    words = "5 tokens on this rank, at most 4 are allowed"
+    dist.all_gather_object(reasons, words if context.rank == refuser else "")
+    if context.rank == refuser:
+        time.sleep(0.05)
+        raise ContractError(words)
+    raise ContractError("; ".join(f"rank {r} refused: {words}" for r, words in enumerate(reasons) if words))
+
+
+def stops(context: RankContext, victim: int) -> None:
+    if context.rank == victim:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    dist.barrier()
+
+
+def one_reduces_otherwise(context: RankContext, other: int) -> None:
+    dist.all_reduce(torch.ones(4), op=dist.ReduceOp.MIN if context.rank == other else dist.ReduceOp.SUM)
