@@ -50,7 +50,7 @@ def test_a_rank_that_stalls_is_named_at_the_deadline(pool: RankPool) -> None:
     stalled, waiting = result.states
 
     assert (result.ending, result.rank) == (Ending.HUNG, 0)
-    assert DEADLINE <= result.seconds
+    assert result.seconds >= DEADLINE
     assert (stalled.stage, waiting.stage) == ("GEMM1", "GEMM1")
     assert stalled.last is not None and stalled.last.index == 0 and stalled.last.finished
     assert waiting.last is not None and waiting.last.index == 1 and not waiting.last.finished
