@@ -7,10 +7,13 @@ The line is test id, reproducer, golden key and CI row at once. Only what differ
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
+from moeproof.harness.spread import SPREADS, spread_tokens
 from moeproof.reference.contract.errors import check, known
+from moeproof.reference.contract.grid import Grid
 from moeproof.reference.contract.problem import PROBLEM_KEYS, Problem
+from moeproof.reference.contract.world import World
 
 VALUES = {
     "normal": "near-normal values scaled so that pre-activations and outputs have an rms near 1",
@@ -34,7 +37,9 @@ LOGITS = {
     "deep": "deeply negative logits: sigmoid scores underflow",
     "nan": "normal, with rows of NaN and infinite logits",
 }
-_RECIPES = {"values": VALUES, "routing": ROUTINGS, "logits": LOGITS}
+_RECIPES = {"values": VALUES, "routing": ROUTINGS, "logits": LOGITS, "spread": SPREADS}
+_WORLD = ("ranks", "tp", "sp", "redundant")
+"""Numbers of a case on several ranks; a single-rank line has none of them."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,16 @@ class Case:
     values: str = "normal"
     routing: str = "uniform"
     logits: str = "normal"
+    ranks: int = 1
+    """T tokens and E experts are those of all ranks together: with ranks=1 it is the same layer on one rank."""
+    spread: str = "even"
+    """How the tokens are shared among the ranks (without sp: among the tensor-parallel groups)."""
+    tp: int = 1
+    """Tensor-parallel shards of I; ranks = tp times the expert-parallel groups."""
+    sp: int = 0
+    """1: the tokens of a tensor-parallel group are split among its ranks; 0: each of them holds all."""
+    redundant: int = 0
+    """Physical experts beyond one per expert (reference.contract.grid)."""
     strided: bool = False
     """Every tensor argument arrives as a non-contiguous view."""
     seed: int = 0
@@ -53,6 +68,12 @@ class Case:
         for field, table in _RECIPES.items():
             known(field, getattr(self, field), table)
         check(isinstance(self.seed, int) and 0 <= self.seed < 2**63, f"seed={self.seed} must be an int in [0, 2^63)")
+        check(self.sp in (0, 1), f"sp={self.sp} must be 0 or 1")
+        if self.ranks == 1:
+            for key in ("spread", "tp", "sp", "redundant"):
+                check(getattr(self, key) == getattr(type(self), key), f"{key}={getattr(self, key)} needs ranks > 1")
+        else:
+            _ = self.world  # for its refusals
         if self.values == "sat":
             act = self.problem.act
             exact = act.name in ("silu", "gelu", "gelu_tanh", "silu_no_mul", "gelu_no_mul", "relu_no_mul", "gelu_tanh_no_mul")
@@ -67,11 +88,21 @@ class Case:
 
     def __str__(self) -> str:
         parts = [str(self.problem)]
-        default = type(self)(self.problem)
-        parts += [f"{f}={getattr(self, f)}" for f in _RECIPES if getattr(self, f) != getattr(default, f)]
+        optional = [f for f in fields(self) if f.name in _RECIPES or f.name in _WORLD]
+        parts += [f"{f.name}={getattr(self, f.name)}" for f in optional if getattr(self, f.name) != f.default]
         if self.strided:
             parts.append("strided=1")
         return ",".join([*parts, f"seed={self.seed}"])
+
+    @property
+    def world(self) -> World:
+        """The ranks and what each holds. Raises ContractError where they cannot share this problem."""
+        # Grid first: its messages are about ranks and tp, which the shares below divide by.
+        grid = Grid(self.problem.weight_experts, self.ranks, self.tp, self.redundant, self.problem.placement)
+        per_rank = grid.tp == 1 or bool(self.sp)
+        shares = spread_tokens(self.problem.T, self.ranks if per_rank else grid.ep, self.spread, self.seed)
+        tokens = shares if per_rank else tuple(n for n in shares for _ in range(grid.tp))
+        return World(self.problem, tokens, self.tp, bool(self.sp), self.redundant)
 
     def with_problem(self, **changes: object) -> Case:
         """The same case with some fields of its problem changed."""
@@ -98,11 +129,15 @@ def parse_case(line: str) -> Case:
         base = preset(options.pop("model"))
         explicit = _split(str(base))
         options = explicit | options
-    allowed = (*PROBLEM_KEYS, *_RECIPES, "strided", "seed")
+    allowed = (*PROBLEM_KEYS, *_RECIPES, *_WORLD, "strided", "seed")
     for key in options:
         known("case key", key, (*allowed, "model"))
     problem = Problem.from_options({k: v for k, v in options.items() if k in PROBLEM_KEYS})
     recipes: dict[str, object] = {k: options[k] for k in _RECIPES if k in options}
+    for key in _WORLD:
+        if key in options:
+            check(options[key].isdecimal(), f"{key}='{options[key]}' is not a whole number >= 0")
+            recipes[key] = int(options[key])
     if "strided" in options:
         check(options["strided"] in ("0", "1"), f"strided='{options['strided']}' is not 0 or 1")
         recipes["strided"] = options["strided"] == "1"

@@ -54,7 +54,7 @@ def make_inputs(case: Case, device: torch.device | str = "cpu") -> Inputs:
     if case.routing == "router":
         choice = route(inputs)
         inputs = routing.with_router(inputs, choice.ids, choice.weights)
-    return _strided(inputs) if case.strided else inputs
+    return strided(inputs) if case.strided else inputs
 
 
 def _cast(x: Tensor, p: Problem) -> Tensor:
@@ -102,7 +102,7 @@ def _extras(case: Case, draw: Callable[[str], Stream]) -> dict[str, Tensor]:
     return new
 
 
-def _strided(inputs: Inputs) -> Inputs:
+def strided(inputs: Inputs) -> Inputs:
     """Every argument as a view into a larger buffer: a stride in the last dim that is not 1, or rows that are apart.
 
     int and small float tensors get every second element of a poisoned buffer; the 2-D and 3-D matrices get row gaps, as
@@ -129,5 +129,5 @@ def digest(inputs: Inputs) -> str:
     sha = hashlib.sha256()
     for name, t in inputs.tensors():
         sha.update(f"{name} {tuple(t.shape)} {t.dtype}\n".encode())
-        sha.update(t.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        sha.update(t.detach().cpu().clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()

@@ -69,7 +69,7 @@ def judge(thing: object, case: Case, device: str | None = None) -> Verdict:
             **rest,  # type: ignore[arg-type]
         )
 
-    reason = modes.cannot_run(candidate.backend, device) or candidate.supports(case.problem)
+    reason = modes.cannot_run(candidate.backend, device) or _one_rank(case) or candidate.supports(case.problem)
     if reason:
         return verdict(Outcome.UNSUPPORTED, reason=reason)
     inputs = _inputs(case, device)
@@ -82,6 +82,10 @@ def judge(thing: object, case: Case, device: str | None = None) -> Verdict:
             return verdict(Outcome.FAIL, findings=run.findings, checked=1)
         runs.append(run)
     return _decide(candidate, case, device, inputs, runs, verdict)
+
+
+def _one_rank(case: Case) -> str | None:
+    return f"the case has ranks={case.ranks}; this candidate runs on one" if case.ranks > 1 else None
 
 
 def _decide(

@@ -18,7 +18,7 @@ from moeproof.reference.oracle.experts import input_rows, local_ids
 Tensor = torch.Tensor
 
 
-class _Tap:
+class Tap:
     """Forwards everything to the real object, and remembers what its methods were given and returned."""
 
     def __init__(self, inner: object, watch: tuple[str, ...]) -> None:
@@ -32,11 +32,17 @@ class _Tap:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             result = value(*args, **kwargs)
-            kept = result.clone() if isinstance(result, Tensor) else result
-            self.calls[name] = (args, kept)
+            self.calls[name] = (args, _kept(result))
             return result
 
         return call
+
+
+def _kept(result: Any) -> Any:
+    """Copies of the tensors: what comes after may write over them."""
+    if isinstance(result, Tensor):
+        return result.clone()
+    return tuple(_kept(item) for item in result) if isinstance(result, tuple) else result
 
 
 def _supports(pair: Pair, problem: Problem) -> str | None:
@@ -50,8 +56,8 @@ def _supports(pair: Pair, problem: Problem) -> str | None:
 def run_pair(pair: Pair, inputs: Inputs) -> Mapping[str, Tensor]:
     """One forward call. Shows out, y, and for the batched layout rows and counts; h where workspace2 keeps it."""
     p = inputs.problem
-    prepare_finalize = _Tap(pair.prepare_finalize(inputs), ("prepare",))
-    experts = _Tap(pair.experts(inputs), ("apply",))
+    prepare_finalize = Tap(pair.prepare_finalize(inputs), ("prepare",))
+    experts = Tap(pair.experts(inputs), ("apply",))
     kernel = FusedMoEModularKernel(prepare_finalize, experts)  # type: ignore[arg-type]
     ids_dtype = prepare_finalize.topk_indices_dtype()
     out = kernel(

@@ -22,6 +22,7 @@ ARROWS = [
     ("reference/__init__.py", ()),
     ("reference/contract/*", ("torch", "reference.contract")),
     ("reference/oracle/*", ("torch", "reference.contract", "reference.oracle")),
+    ("reference/ranks/*", ("torch", "reference.contract", "reference.oracle", "reference.ranks")),
     ("reference/eager/*", ("torch", "reference.contract", "reference.eager")),
     ("optimized/*", ("torch", "triton", "reference.contract", "optimized")),
     ("harness/interpreter*.py", ("torch", "triton", "numpy", "reference", "harness")),

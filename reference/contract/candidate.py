@@ -9,9 +9,11 @@ import torch
 
 from moeproof.reference.contract.errors import check, known
 from moeproof.reference.contract.inputs import Inputs
+from moeproof.reference.contract.link import Link
 from moeproof.reference.contract.modular import FusedMoEPermuteExpertsUnpermute, FusedMoEPrepareAndFinalize
 from moeproof.reference.contract.problem import LAYOUTS, Problem
 from moeproof.reference.contract.stages import TENSORS
+from moeproof.reference.contract.world import World
 
 ACCUMULATORS = {
     "fp32": "float32 accumulation, one rounding to the stored dtype (the contract's default)",
@@ -31,6 +33,12 @@ BACKENDS = {
     "torch": "runs wherever torch runs",
     "triton": "needs an NVIDIA GPU, or the interpreter",
     "cuda": "needs an NVIDIA GPU",
+}
+TRANSPORTS = {
+    "simulated": "threads of one process",
+    "gloo": "processes over torch.distributed's gloo, on CPU or GPU tensors",
+    "symm": "processes over gloo and symmetric memory, several on one GPU if need be",
+    "nccl": "one process per GPU",
 }
 DETERMINISM = {
     "run": "same bits from run to run",
@@ -118,3 +126,32 @@ class Pair:
     def __post_init__(self) -> None:
         known(f"layout of pair {self.name}", self.layout, LAYOUTS)
         known(f"backend of pair {self.name}", self.backend, BACKENDS)
+
+
+def _supports_every_world(_: World) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class RankPair:
+    """A seed-style pair for several ranks: each rank builds its own, and all run FusedMoEModularKernel.forward together.
+
+    `prepare_finalize(inputs, world, link)` gets this rank's Inputs (reference.ranks.split) and the link to the others; its
+    `link.group` is the torch.distributed group where there is one. `supports(world)` returns None or the reason why not.
+    """
+
+    name: str
+    prepare_finalize: Callable[[Inputs, World, Link], FusedMoEPrepareAndFinalize]
+    experts: Callable[[Inputs], FusedMoEPermuteExpertsUnpermute]
+    layout: str = "standard"
+    supports: Callable[[World], str | None] = _supports_every_world
+    claims: Claims = field(default_factory=Claims)
+    backend: str = "torch"
+    transports: tuple[str, ...] = ("simulated", "gloo", "symm", "nccl")
+    """Links it can use; `symm` means gloo for control and symmetric memory on the group's GPUs."""
+
+    def __post_init__(self) -> None:
+        known(f"layout of pair {self.name}", self.layout, LAYOUTS)
+        known(f"backend of pair {self.name}", self.backend, BACKENDS)
+        for transport in self.transports:
+            known(f"transport of pair {self.name}", transport, TRANSPORTS)

@@ -93,6 +93,14 @@ class FusedMoEPrepareAndFinalize(ABC):
     def max_num_tokens_per_rank(self) -> int | None:
         """Hard bound of tokens on any rank, None for none; more must raise before any collective."""
 
+    def abandon(self, reason: str) -> None:
+        """This rank cannot go on with the call: release the ranks that wait for it in prepare or finalize, with the reason.
+
+        Called by the kernel object where arguments are refused before prepare, and where the experts raise. On one rank
+        nobody waits.
+        """
+        return
+
 
 class FusedMoEPermuteExpertsUnpermute(ABC):
     """[Permute-Experts-Unpermute]: both GEMMs and the activation between them."""
@@ -185,18 +193,22 @@ class FusedMoEModularKernel(torch.nn.Module):
         """
         if global_num_experts == -1:
             global_num_experts = w1.size(0)
-        check_forward(
-            hidden_states,
-            w1,
-            w2,
-            topk_weights,
-            topk_ids,
-            global_num_experts,
-            expert_map,
-            apply_router_weight_on_input,
-            self.prepare_finalize.topk_indices_dtype(),
-            self.prepare_finalize.max_num_tokens_per_rank(),
-        )
+        try:
+            check_forward(
+                hidden_states,
+                w1,
+                w2,
+                topk_weights,
+                topk_ids,
+                global_num_experts,
+                expert_map,
+                apply_router_weight_on_input,
+                self.prepare_finalize.topk_indices_dtype(),
+                self.prepare_finalize.max_num_tokens_per_rank(),
+            )
+        except ContractError as error:
+            self.prepare_finalize.abandon(str(error))
+            raise
         output = hidden_states if inplace else torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
         a1q, a1q_scale, expert_num_tokens, expert_topk_ids, expert_topk_weights = self.prepare_finalize.prepare(
             hidden_states,
@@ -214,30 +226,34 @@ class FusedMoEModularKernel(torch.nn.Module):
             # Nothing arrived here. finalize is still called: it may be a collective that other ranks wait in.
             expert_output = torch.empty_like(a1q, dtype=hidden_states.dtype)
         else:
-            _, M, N, K, topk = moe_problem_size(a1q, w1, w2, topk_ids)
-            elements13, elements2, dtype = self.fused_experts.workspace_shapes(
-                hidden_states, a1q, M, N, K, topk, global_num_experts
-            )
-            workspace13 = torch.empty(elements13, device=hidden_states.device, dtype=dtype)
-            workspace2 = torch.empty(elements2, device=hidden_states.device, dtype=dtype)
-            check_workspaces(workspace13, workspace2)
-            expert_output = self.fused_experts.apply(
-                a1q,
-                w1,
-                w2,
-                topk_ids,
-                activation,
-                global_num_experts,
-                expert_map,
-                w1_scale,
-                w2_scale,
-                w1_zp,
-                w2_zp,
-                a1q_scale,
-                a2_scale,
-                workspace13,
-                workspace2,
-                expert_num_tokens,
-            )
+            try:
+                _, M, N, K, topk = moe_problem_size(a1q, w1, w2, topk_ids)
+                elements13, elements2, dtype = self.fused_experts.workspace_shapes(
+                    hidden_states, a1q, M, N, K, topk, global_num_experts
+                )
+                workspace13 = torch.empty(elements13, device=hidden_states.device, dtype=dtype)
+                workspace2 = torch.empty(elements2, device=hidden_states.device, dtype=dtype)
+                check_workspaces(workspace13, workspace2)
+                expert_output = self.fused_experts.apply(
+                    a1q,
+                    w1,
+                    w2,
+                    topk_ids,
+                    activation,
+                    global_num_experts,
+                    expert_map,
+                    w1_scale,
+                    w2_scale,
+                    w1_zp,
+                    w2_zp,
+                    a1q_scale,
+                    a2_scale,
+                    workspace13,
+                    workspace2,
+                    expert_num_tokens,
+                )
+            except Exception as error:
+                self.prepare_finalize.abandon(f"{type(error).__name__} in the experts: {error}")
+                raise
         self.prepare_finalize.finalize(output, expert_output, topk_weights, topk_ids, apply_router_weight_on_input)
         return output

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from moeproof.reference.contract.candidate import Candidate, Claims, Pair
+from moeproof.reference.contract.candidate import Candidate, Claims, Pair, RankPair
 from moeproof.reference.contract.inputs import Inputs
 from moeproof.reference.contract.problem import Problem
 from moeproof.reference.eager import layer
 from moeproof.reference.eager.experts import BatchedLoopExperts, LoopExperts
 from moeproof.reference.eager.prepare_finalize import BatchedPrepareAndFinalize, NoEPPrepareAndFinalize
+from moeproof.reference.eager.ranks_candidates import rank_pairs
 from moeproof.reference.eager.router import route
 
 CLAIMS = Claims(ties="lowest", total_router=True)
@@ -61,8 +62,8 @@ def _show_router(inputs: Inputs) -> dict[str, torch.Tensor]:
     return {"topk_ids": ids, "topk_weights": weights}
 
 
-def candidates() -> list[Candidate | Pair]:
-    """Two seed-style pairs (one for each layout), the router alone, and the whole layer stage by stage."""
+def candidates() -> list[Candidate | Pair | RankPair]:
+    """Two seed-style pairs (one for each layout), the router alone, the whole layer stage by stage, and the pairs for ranks."""
     return [
         Pair(
             "eager",
@@ -88,4 +89,5 @@ def candidates() -> list[Candidate | Pair]:
             supports=supports_stages,
             claims=CLAIMS,
         ),
+        *rank_pairs(supports_standard, supports_batched, CLAIMS),
     ]

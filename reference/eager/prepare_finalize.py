@@ -12,13 +12,13 @@ import torch
 
 from moeproof.reference.contract.errors import ContractError, check
 from moeproof.reference.contract.modular import FusedMoEPrepareAndFinalize
+from moeproof.reference.contract.overlap import Prepared
 from moeproof.reference.eager.slots import check_routing, check_unquantised, local_ids, num_local_experts, weighted_input
 
 Tensor = torch.Tensor
-Prepared = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
-def _check_output(output: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> None:
+def check_output(output: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> None:
     check(
         output.dim() == 2 and output.size(0) == topk_ids.size(0) and topk_ids.shape == topk_weights.shape,
         f"output is {tuple(output.shape)}, topk_ids {tuple(topk_ids.shape)} and topk_weights {tuple(topk_weights.shape)}; "
@@ -26,7 +26,7 @@ def _check_output(output: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Non
     )
 
 
-def _reduce(output: Tensor, y_TKH: Tensor, live_TK: Tensor, topk_weights: Tensor, weighted_already: bool) -> None:
+def reduce_slots(output: Tensor, y_TKH: Tensor, live_TK: Tensor, topk_weights: Tensor, weighted_already: bool) -> None:
     """output (T, H) = sum of w * y over live slots, in float32 from the first slot to the last, rounded once."""
     total = torch.zeros(output.shape, dtype=torch.float32, device=output.device)
     for slot in range(live_TK.size(1)):
@@ -73,7 +73,7 @@ class NoEPPrepareAndFinalize(FusedMoEPrepareAndFinalize):
         apply_router_weight_on_input: bool,
     ) -> None:
         """`fused_expert_output` (tokens, slots, hidden), or empty where nothing arrived. It is not modified."""
-        _check_output(output, topk_weights, topk_ids)
+        check_output(output, topk_weights, topk_ids)
         if fused_expert_output.numel() == 0:
             output.zero_()
             return
@@ -81,7 +81,7 @@ class NoEPPrepareAndFinalize(FusedMoEPrepareAndFinalize):
             tuple(fused_expert_output.shape) == (*topk_ids.shape, output.size(1)),
             f"fused_expert_output is {tuple(fused_expert_output.shape)}, must be {(*topk_ids.shape, output.size(1))}",
         )
-        _reduce(output, fused_expert_output, topk_ids >= 0, topk_weights, apply_router_weight_on_input)
+        reduce_slots(output, fused_expert_output, topk_ids >= 0, topk_weights, apply_router_weight_on_input)
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class BatchedPrepareAndFinalize(FusedMoEPrepareAndFinalize):
         apply_router_weight_on_input: bool,
     ) -> None:
         """`fused_expert_output` (e, max_rows, hidden), or empty where nothing arrived. It is not modified."""
-        _check_output(output, topk_weights, topk_ids)
+        check_output(output, topk_weights, topk_ids)
         sent = self._sent
         if sent is None or not torch.equal(sent.topk_ids, topk_ids):
             raise ContractError("finalize got topk_ids that the last prepare of this instance did not; call prepare first")
@@ -179,4 +179,4 @@ class BatchedPrepareAndFinalize(FusedMoEPrepareAndFinalize):
             f"fused_expert_output is {tuple(fused_expert_output.shape)}, must be {shape}",
         )
         y_TKH = fused_expert_output.reshape(-1, output.size(1))[sent.row_TK.clamp(min=0)]
-        _reduce(output, y_TKH, sent.row_TK >= 0, topk_weights, apply_router_weight_on_input)
+        reduce_slots(output, y_TKH, sent.row_TK >= 0, topk_weights, apply_router_weight_on_input)
