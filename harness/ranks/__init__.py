@@ -7,11 +7,12 @@ The pool starts once and serves any number of cases. A rank that hangs, dies, ra
 rest ends in a RankRun that names it; the pool is then thrown away and the next case gets a new one.
 """
 
-from moeproof.harness.ranks.context import RankContext, rank_seed
+from moeproof.harness.ranks.context import RankContext
 from moeproof.harness.ranks.journal import Entry, announce, enter_stage
 from moeproof.harness.ranks.outcome import Ending, RankRun, RankState
 from moeproof.harness.ranks.pool import RankPool
 from moeproof.harness.ranks.transport import TRANSPORTS
+from moeproof.reference.contract.world import rank_seed
 
 __all__ = [
     "TRANSPORTS",

@@ -1,8 +1,7 @@
-"""What a function that runs on a rank is told, and the seeds of the ranks."""
+"""What a function that runs on a rank is told."""
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -32,9 +31,3 @@ class RankContext:
     def enter(self, stage: str) -> None:
         """Say which stage begins here: the watchdog names it when this rank does not come back."""
         enter_stage(stage)
-
-
-def rank_seed(seed: int, rank: int) -> int:
-    """The seed of a rank, from the case's: in [0, 2^63), the same on every machine, and no two ranks alike."""
-    digest = hashlib.blake2b(f"{seed}/rank{rank}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1

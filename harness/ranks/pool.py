@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from moeproof.harness.ranks import wire
-from moeproof.harness.ranks.context import RankContext, rank_seed
+from moeproof.harness.ranks.context import RankContext
 from moeproof.harness.ranks.outcome import RankRun
 from moeproof.harness.ranks.process import fork_server, guard, how_it_ended, kill
 from moeproof.harness.ranks.transport import place
 from moeproof.harness.ranks.watchdog import Member, conclude, in_step, watch
 from moeproof.harness.ranks.worker import Spec, main, output_file, stack_file
 from moeproof.reference.contract.errors import ContractError, check
+from moeproof.reference.contract.world import rank_seed
 
 DEADLINE = 60.0
 """Seconds for one case on all ranks."""

@@ -7,14 +7,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
+from moeproof.reference.contract.candidate import TRANSPORTS
 from moeproof.reference.contract.errors import check, known
-
-TRANSPORTS = {
-    "simulated": "every rank's view in one process, as plain functions: no processes, any number of ranks",
-    "gloo": "one process per rank on the CPU",
-    "symm": "one process per rank, gloo for control and symmetric memory for data; ranks share a GPU where there are too few",
-    "nccl": "one process and one GPU per rank",
-}
 
 
 @dataclass(frozen=True)

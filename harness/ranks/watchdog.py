@@ -6,12 +6,9 @@ deadline; or earlier, when nothing moves any more and the journals already prove
 
 from __future__ import annotations
 
-import linecache
-import os
 import re
-import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import connection
 from multiprocessing.connection import Connection
@@ -23,7 +20,9 @@ from moeproof.harness.ranks.compare import Mismatch, mismatches
 from moeproof.harness.ranks.journal import Story, read_journal
 from moeproof.harness.ranks.outcome import Ending, RankRun, RankState
 from moeproof.harness.ranks.process import how_it_ended
-from moeproof.harness.ranks.worker import Reply, journal_file, output_file, stack_file
+from moeproof.harness.ranks.runner import Reply
+from moeproof.harness.ranks.stacks import ask, kernel_state, read_stack
+from moeproof.harness.ranks.worker import journal_file, output_file, stack_file
 
 TICK = 0.1
 SETTLE = 0.25
@@ -31,9 +30,6 @@ SETTLE = 0.25
 their replies can be here first."""
 STILL = 0.5
 """Seconds without a reply or a journal line after which the journals are compared while ranks still run."""
-STACKS = 0.5
-"""Seconds that ranks have to write their stacks."""
-FRAMES = 12
 
 
 @dataclass(frozen=True)
@@ -137,7 +133,7 @@ def conclude(seen: Watch, started: float, deadline: float, seeds: Sequence[int])
             rank = differ[0].rank
             headline += f"; before that the collectives of rank {rank} differ from those of rank {differ[0].other}"
     elif raised:
-        ending, rank = Ending.RAISED, _first_refusal(seen, [r for _, r in raised])
+        ending, rank = Ending.RAISED, first_refusal(seen.replies, [r for _, r in raised])
         reply = seen.replies[rank]
         refused = reply.refused
         headline = f"rank {rank} {'refused its arguments' if refused else 'raised'}{_place(stories[rank])}: {reply.error}"
@@ -161,7 +157,7 @@ def conclude(seen: Watch, started: float, deadline: float, seeds: Sequence[int])
     else:
         results = ()
         if ending is Ending.HUNG:
-            _ask_for_stacks(running)
+            ask({m.pid: stack_file(m.folder, m.rank) for m in running})
         states = tuple(_state(m, seen, stories[m.rank]) for m in seen.members)
     return RankRun(ending, states, results, rank, headline, tuple(differ), tuple(seeds), seconds, refused)
 
@@ -175,9 +171,9 @@ def in_step(seen: Watch, run: RankRun) -> bool:
     return not everyone and all(s.open is None for s in stories)
 
 
-def _first_refusal(seen: Watch, raised: Sequence[int]) -> int:
+def first_refusal(replies: Mapping[int, Reply], raised: Sequence[int]) -> int:
     """The rank that raised first, unless it only repeats why another one refused: that is told to all before they go on."""
-    words = seen.replies[raised[0]].error
+    words = replies[raised[0]].error
     return next((r for r in raised if re.search(rf"\brank {r} refused", words)), raised[0])
 
 
@@ -209,61 +205,14 @@ def _state(member: Member, seen: Watch, story: Story) -> RankState:
     reply = seen.replies.get(member.rank)
     stack: tuple[str, ...] = ()
     if reply is not None:
-        state, stack = (f"raised {reply.error}", reply.stack[-FRAMES:]) if reply.error else ("returned", ())
+        state, stack = (f"raised {reply.error}", reply.stack) if reply.error else ("returned", ())
     elif member.rank in seen.dead:
-        state, stack = how_it_ended(member.process.exitcode), _frames(stack_file(member.folder, member.rank))
+        state, stack = how_it_ended(member.process.exitcode), read_stack(stack_file(member.folder, member.rank))
     else:
         state = "still running"
         if not seen.trouble:
-            stack = _frames(stack_file(member.folder, member.rank)) or (f"no Python stack{_kernel_state(member.pid)}",)
+            stack = read_stack(stack_file(member.folder, member.rank)) or (f"no Python stack{kernel_state(member.pid)}",)
     return RankState(member.rank, member.pid, state, story.stage, story.open or story.last, stack, _tail(member))
-
-
-def _kernel_state(pid: int) -> str:
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return ""
-    found = re.search(r"^State:\s+(.*)$", status, re.MULTILINE)
-    return f"; the kernel calls it {found[1]}" if found else ""
-
-
-def _ask_for_stacks(running: Sequence[Member]) -> None:
-    """Have each rank write its Python stack. It does so even where it holds the interpreter's lock for ever."""
-    files = [stack_file(m.folder, m.rank) for m in running]
-    for member in running:
-        os.kill(member.pid, signal.SIGUSR1)
-    end = time.monotonic() + STACKS
-    while time.monotonic() < end and not all(_whole(f) for f in files):
-        time.sleep(0.01)
-
-
-def _whole(path: Path) -> bool:
-    """faulthandler writes the thread that got the signal last; the main thread is the one that gets it."""
-    text = path.read_text(errors="replace")
-    return "Current thread" in text and text.endswith("\n") and "worker.py" in text.rsplit("Current thread", 1)[-1]
-
-
-_WRAPPERS = ("ranks/record.py", "c10d_logger.py")
-"""Files whose frames say nothing."""
-_FRAME = re.compile(r'File "(?P<file>.*)", line (?P<line>\d+) in (?P<name>.*)')
-
-
-def _frames(path: Path) -> tuple[str, ...]:
-    """Frames of the function, innermost last, out of what faulthandler wrote of all threads."""
-    text = path.read_text(errors="replace")
-    for section in text.split("\n\n"):
-        found = [m for line in section.split("\n") if (m := _FRAME.search(line)) and not m["file"].endswith(_WRAPPERS)]
-        at = next((i for i, m in enumerate(found) if m["file"].endswith("worker.py") and m["name"] in ("_run", "_serve")), None)
-        if at is not None:
-            own = [_frame(m) for m in reversed(found[:at])]
-            return tuple(own[-FRAMES:]) or ("waiting for a case",)
-    return ()
-
-
-def _frame(m: re.Match[str]) -> str:
-    source = linecache.getline(m["file"], int(m["line"])).strip()
-    return f"{Path(m['file']).name}:{m['line']} in {m['name']}" + (f": {source}" if source else "")
 
 
 def _tail(member: Member, lines: int = 5) -> tuple[str, ...]:

@@ -1,0 +1,172 @@
+"""Candidates over cases on several ranks: one pool for all of them, one verdict for each."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from moeproof.harness import modes
+from moeproof.harness.case import Case
+from moeproof.harness.compare import compare, vacuous
+from moeproof.harness.inputs import make_inputs
+from moeproof.harness.rank_pairs import support
+from moeproof.harness.ranks import call
+from moeproof.harness.ranks.compare import Mismatch
+from moeproof.harness.ranks.outcome import Ending, RankRun
+from moeproof.harness.ranks.pool import DEADLINE, START_DEADLINE, RankPool
+from moeproof.harness.ranks.torchrun import TorchrunWorld
+from moeproof.harness.ranks.transport import unavailable
+from moeproof.harness.verdict import Finding, Outcome, Verdict
+from moeproof.harness.worlds import whole_case
+from moeproof.reference.contract.candidate import Claims, RankPair
+from moeproof.reference.contract.errors import ContractError
+from moeproof.reference.contract.stages import Stage
+from moeproof.reference.eager.ranks_link import on_threads
+from moeproof.reference.oracle.chain import chain
+from moeproof.reference.oracle.value import Value
+
+Tensor = torch.Tensor
+Shown = dict[str, Tensor]
+OUTCOMES = {
+    Ending.MISMATCH: Outcome.FAIL,
+    Ending.RAISED: Outcome.ERROR,
+    Ending.DIED: Outcome.ERROR,
+    Ending.HUNG: Outcome.TIMEOUT,
+}
+
+
+class RankSession:
+    """Judges RankPairs on a world of `ranks` over one transport. The pool starts with the first case that runs.
+
+    With transport `simulated` the ranks are threads of this process: no watchdog can end them, but the links give up after
+    the deadline. With a TorchrunWorld every rank has its own session, and all judge the same cases in order.
+    """
+
+    _pool: RankPool | TorchrunWorld | None
+
+    def __init__(
+        self,
+        ranks: int,
+        transport: str,
+        deadline: float = DEADLINE,
+        names: Sequence[str] = (),
+        world: TorchrunWorld | None = None,
+    ) -> None:
+        self.ranks, self.transport, self.deadline, self.names = ranks, transport, deadline, tuple(names)
+        self._given, self._pool = world, world
+        self._settled = 0
+
+    def judge(self, candidate: str | RankPair, pair: RankPair, case: Case) -> Verdict:
+        """Run `pair` on every rank. `candidate` is what travels to the ranks: its name, or the pair itself."""
+        start = time.perf_counter()
+        make = functools.partial(Verdict, candidate=pair.name, case=case, claims=str(pair.claims), transport=self.transport)
+        device = "cpu" if self.transport in ("simulated", "gloo") else "cuda"
+
+        def verdict(outcome: Outcome, **rest: object) -> Verdict:
+            where = f"{modes.environment(pair.backend, device)}, {case.ranks} ranks over {self.transport}"
+            return make(outcome, seconds=time.perf_counter() - start, environment=where, **rest)  # type: ignore[arg-type]
+
+        if case.ranks != self.ranks:
+            raise ContractError(f"the case has ranks={case.ranks}, this session {self.ranks}; they must be equal")
+        if reason := self._unsupported(pair, case):
+            return verdict(Outcome.UNSUPPORTED, reason=reason)
+        shown = self._simulate(pair, case) if self.transport == "simulated" else self._run(candidate, case)
+        if isinstance(shown, RankRun):
+            return verdict(**_failed(shown))  # type: ignore[arg-type]
+        return verdict(**_judged(case, shown, pair.claims))  # type: ignore[arg-type]
+
+    def take_part(self, candidate: str | RankPair, pair: RankPair, case: Case) -> None:
+        """What judge() makes this rank do, without the verdict: for ranks of torchrun that do not report."""
+        if not self._unsupported(pair, case):
+            self._run(candidate, case)
+
+    def _unsupported(self, pair: RankPair, case: Case) -> str | None:
+        reason = None if self._given else unavailable(self.transport, self.ranks)
+        if reason := reason or support(pair, case.world, self.transport):
+            return reason
+        if case.tp > 1:
+            return "outputs of tensor-parallel shards have no derived bound here"
+        if self.transport == "simulated" and pair.backend == "triton" and modes.interpreting():
+            return "Triton's interpreter serves one thread, and simulated ranks are threads; use gloo"
+        return None
+
+    def _run(self, candidate: str | RankPair, case: Case) -> list[Shown] | RankRun:
+        pool = self._pool = self._pool or RankPool(self.ranks, self.transport, deadline=self.deadline)
+        if self._settled != pool.starts or not pool.pids:
+            # Imports are no part of the case, and must not eat up its deadline.
+            run = pool.run(call.settle, self.names, deadline=START_DEADLINE)
+            if not run.ok:
+                return run
+            self._settled = pool.starts
+        run = pool.run(call.call, candidate, str(case), seed=case.seed)
+        return list(run.results) if run.ok else run
+
+    def _simulate(self, pair: RankPair, case: Case) -> list[Shown] | RankRun:
+        device = torch.device("cpu")
+        results = on_threads(self.ranks, lambda link: call.show(pair, str(case), link, device), self.deadline)
+        errors = [(r, e) for r, e in enumerate(results) if isinstance(e, Exception)]
+        if not errors:
+            return results
+        # A rank that raises breaks the barrier in which the others wait.
+        rank, error = next(((r, e) for r, e in errors if type(e).__name__ != "BrokenBarrierError"), errors[0])
+        refused = isinstance(error, ContractError)
+        headline = f"rank {rank} {'refused its arguments' if refused else 'raised'}: {type(error).__name__}: {error}"
+        return RankRun(Ending.RAISED, (), rank=rank, headline=headline, refused=refused)
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.close()
+
+
+def _failed(run: RankRun) -> dict[str, object]:
+    """The verdict's fields for a run that did not come back from every rank in step."""
+    findings = tuple(_finding(m) for m in run.mismatches)
+    return {"outcome": OUTCOMES[run.ending], "reason": run.reason, "findings": findings, "rank": run.rank}
+
+
+def _finding(m: Mismatch) -> Finding:
+    entry = m.entry or m.other_entry
+    stage = next((s for s in Stage if entry is not None and s.value == entry.stage), None)
+    return Finding(stage, "collectives", str(m), rank=m.rank)
+
+
+@functools.lru_cache(maxsize=2)
+def _expected(case: Case, claims: Claims) -> Value:
+    return chain(make_inputs(whole_case(case)), claims)["out"]
+
+
+def _judged(case: Case, shown: Sequence[Shown], claims: Claims) -> dict[str, object]:
+    """The output of every rank against what one rank alone must compute for its tokens."""
+    want = _expected(case, claims)
+    findings: list[Finding] = []
+    checked, worst = 0, 0.0
+    for rank, tensors in enumerate(shown):
+        got, rows = tensors["out"], case.world.rows(rank)
+        part = Value(
+            want.value[rows],
+            None if want.bound is None else want.bound[rows],
+            None if want.live is None else want.live[rows],
+            want.fmt,
+        )
+        fmt = case.problem.fmt
+        if got.shape != part.value.shape or got.dtype != fmt.dtype:
+            words = f"is {tuple(got.shape)} {got.dtype}, must be {tuple(part.value.shape)} {fmt.dtype}"
+            findings.append(Finding(Stage.COMBINE, "out", words, rank=rank))
+            continue
+        result = compare("out", got, part)
+        checked += 2 + result.checked
+        worst = max(worst, result.ratio)
+        findings += [_at(f, rank) for f in result.findings]
+    if findings:
+        return {"outcome": Outcome.FAIL, "findings": tuple(findings), "checked": checked, "rank": findings[0].rank}
+    if reason := vacuous("out", want):
+        return {"outcome": Outcome.VACUOUS, "reason": reason, "checked": checked}
+    return {"outcome": Outcome.PASS, "checked": checked, "worst": {"out": worst}}
+
+
+def _at(finding: Finding, rank: int) -> Finding:
+    return replace(finding, rank=rank)
