@@ -53,7 +53,7 @@ def verify(
     from moeproof.harness import report, workers
     from moeproof.harness.ranks import command as on_ranks
 
-    work = workers.plan(model or [], case or [], tier, random, tokens, dtype, full_size)
+    work = workers.plan(model or [], case or [], tier, random, tokens, dtype, full_size, ranks)
     if on_ranks.wanted(ranks, work):
         raise typer.Exit(on_ranks.main(candidates or [], work, ranks, transport, mode, deadline, json))
     mode = workers.settle(mode)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -15,7 +16,7 @@ from moeproof.harness.ranks.session import RankSession
 from moeproof.harness.registry import find_rank_pairs, load_rank_pairs
 from moeproof.harness.verdict import Verdict
 from moeproof.reference.contract.candidate import TRANSPORTS, RankPair
-from moeproof.reference.contract.errors import check, known
+from moeproof.reference.contract.errors import ContractError, check, known
 
 TRANSPORT_CHOICES = ("auto", *TRANSPORTS)
 
@@ -47,13 +48,30 @@ def settle(transport: str, mode: str) -> None:
 def wanted(ranks: int, work: Sequence[tuple[str, Case]]) -> bool:
     """Whether this is about several ranks at all."""
     check(ranks >= 0, f"ranks={ranks} must not be negative")
-    return bool(ranks) or any(case.ranks > 1 for _, case in work)
+    return bool(ranks) or torchrun.launched() or any(case.ranks > 1 for _, case in work)
 
 
-def on_ranks(case: Case, ranks: int) -> Case:
-    """The same layer on `ranks` ranks; 0 means as many as the case line says."""
-    check(case.ranks in (1, ranks) or not ranks, f"the case line has ranks={case.ranks}, and --ranks is {ranks}")
-    return replace(case, ranks=ranks) if ranks else case
+def place(work: Sequence[tuple[str, Case]], ranks: int) -> tuple[list[tuple[str, Case]], list[str]]:
+    """(the same layers on `ranks` ranks, why some presets are left out). 0 ranks means as many as the case line says.
+
+    `ep` of a single-rank case is one rank's view: here it follows from the ranks. Raises ContractError where a case line
+    says otherwise, or where nothing is left.
+    """
+    placed: list[tuple[str, Case]] = []
+    left_out: list[str] = []
+    for label, case in work:
+        check(case.ranks in (1, ranks) or not ranks, f"the case line has ranks={case.ranks}, and --ranks is {ranks}")
+        if not ranks:
+            placed.append((label, case))
+            continue
+        try:
+            placed.append((label, replace(case.with_problem(ep=1, ep_rank=0), ranks=ranks)))
+        except ContractError as error:
+            if not label:
+                raise
+            left_out.append(f"{label}: {error}")
+    check(bool(placed), f"no preset can be shared by so many ranks; {left_out[0] if left_out else 'no case was given'}")
+    return placed, left_out
 
 
 def named(names: Sequence[str]) -> list[tuple[str, RankPair]]:
@@ -83,7 +101,7 @@ def main(
     if torchrun.launched():
         ranks = ranks or int(os.environ["WORLD_SIZE"])
         check(ranks == int(os.environ["WORLD_SIZE"]), f"--ranks is {ranks}, torchrun started {os.environ['WORLD_SIZE']}")
-    placed = [(label, on_ranks(case, ranks)) for label, case in work]
+    placed, left_out = place(work, ranks)
     transport = choose(transport, max(case.ranks for _, case in placed))
     settle(transport, mode)
     pairs = named(names)
@@ -93,6 +111,8 @@ def main(
             return len(list(verdicts))  # none
     else:
         verdicts = run(pairs, placed, transport, deadline)
+    for words in dict.fromkeys(left_out):
+        print(f"left out: {words}", file=sys.stderr)
     if replay:
         return report.replay(list(verdicts), json)
     return report.verify(report.progress(verdicts, len(pairs) * len(placed), json), placed, json)
