@@ -13,6 +13,7 @@ from moeproof.reference.contract.overlap import Prepared
 from moeproof.reference.eager.prepare_finalize import check_output, reduce_slots
 from moeproof.reference.eager.ranks_common import Quantise, RankPrepareAndFinalize
 from moeproof.reference.eager.ranks_exchange import exchange_counts, start_exchange
+from moeproof.reference.eager.ranks_message import byte_rows
 
 Tensor = torch.Tensor
 
@@ -57,7 +58,7 @@ class BatchedAllToAll(RankPrepareAndFinalize):
         """Experts in the order of the regions: by rank, then local index."""
         self._sent: _Sent | None = None
 
-    def facts(self, slots: int) -> dict[str, str]:
+    def facts(self) -> dict[str, str]:
         return {"rows per expert": str(self.max_rows)}
 
     def prepare(
@@ -91,9 +92,10 @@ class BatchedAllToAll(RankPrepareAndFinalize):
         slot[where] = (tokens * topk_ids.size(1) + slots).to(torch.int32)
         columns = [slot]
         for column in [rows] + ([] if scales is None else [scales]):
-            spread = torch.zeros(total, *column.shape[1:], dtype=column.dtype, device=column.device)
-            _bytes(spread)[where] = _bytes(column)[tokens]
-            columns.append(spread)
+            source = byte_rows(column)
+            spread = torch.zeros(total, source.size(1), dtype=torch.uint8, device=column.device)
+            spread[where] = source[tokens]
+            columns.append(spread.view(column.dtype).view(total, *column.shape[1:]))
         send, receive = self._splits(region)
         try:
             slot, rows, *rest = start_exchange(link, columns, send, receive)()
@@ -168,7 +170,7 @@ class BatchedAllToAll(RankPrepareAndFinalize):
 
     def _placed(self, column: Tensor, occupied: Tensor) -> Tensor:
         """(R * e * region, ..) as received -> (e, max_rows, ..): occupied rows of all sources, 0xFF bytes after them."""
-        by_source = _bytes(column).view(*occupied.shape, -1)
+        by_source = byte_rows(column).view(*occupied.shape, -1)
         e = occupied.size(1)
         out = torch.full((e, self.max_rows, by_source.size(-1)), 0xFF, dtype=torch.uint8, device=column.device)
         for expert in range(e):
@@ -187,8 +189,3 @@ class BatchedAllToAll(RankPrepareAndFinalize):
                 out[rank, index, :count] = y_eCH[index, first : first + count]
                 first += count
         return out.view(R * e * sent.region, -1)
-
-
-def _bytes(column: Tensor) -> Tensor:
-    """uint8 (n, bytes) of a column (n, ..): fp8 knows no index_put and no fill."""
-    return column.contiguous().view(column.size(0), -1).view(torch.uint8)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 
@@ -12,10 +13,11 @@ from moeproof.reference.contract.grid import Grid
 from moeproof.reference.contract.link import Link
 from moeproof.reference.contract.modular import FusedMoEPrepareAndFinalize
 from moeproof.reference.eager.ranks_link import check_size
-from moeproof.reference.eager.ranks_status import agree, refusal_of, withdraw
+from moeproof.reference.eager.ranks_status import agree, withdraw
 from moeproof.reference.eager.slots import check_routing, check_unquantised, weighted_input
 
 Tensor = torch.Tensor
+T = TypeVar("T")
 Quantise = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 """(rows (n, H), a1_scale) -> (quantised rows (n, ..), scales (n, G)): one call on the sender, before dispatch."""
 
@@ -65,40 +67,48 @@ class RankPrepareAndFinalize(FusedMoEPrepareAndFinalize):
         apply_router_weight_on_input: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Collective: raise on every rank, or return (rows, scales or None) ready to travel, (T, ..) and (T, G)."""
-        refusal = refusal_of(
-            lambda: check_routing(a1, topk_weights, topk_ids, apply_router_weight_on_input),
-            lambda: check(
-                self.ids_dtype is None or topk_ids.dtype == self.ids_dtype,
-                f"topk_ids is {topk_ids.dtype}, this prepare/finalize needs {self.ids_dtype}",
-            ),
-            lambda: check(
-                self.max_num_tokens is None or a1.size(0) <= self.max_num_tokens,
-                f"{a1.size(0)} tokens on this rank, at most {self.max_num_tokens} are allowed",
-            ),
-            lambda: check_size(self.link, self.grid.ranks),
-            lambda: self._check_map(num_experts, expert_map),
-            lambda: check_ids(topk_ids, num_experts),
-            lambda: None if self.quantise else check_unquantised(a1_scale=a1_scale, a2_scale=a2_scale),
-        )
-        facts = {"call": f"{type(self).__name__}.prepare"}
-        if refusal is None:
-            facts |= {
-                "dtype": str(a1.dtype),
-                "hidden": str(a1.size(1)),
-                "slots": str(topk_ids.size(1)),
-                "ids": str(topk_ids.dtype),
-                "weights": str(topk_weights.dtype),
-                "weight on input": str(apply_router_weight_on_input),
-                "placement": str(self.grid),
-                "max tokens": str(self.max_num_tokens),
-                "scheme": getattr(self.quantise, "__name__", "none"),
-                **self.facts(topk_ids.size(1)),
-            }
-        agree(self.link, facts, refusal)
-        rows = weighted_input(a1, topk_weights, topk_ids) if apply_router_weight_on_input else a1
-        return (rows, None) if self.quantise is None else self.quantise(rows, a1_scale)
+        flag, slots = apply_router_weight_on_input, topk_ids.size(-1)
 
-    def facts(self, slots: int) -> dict[str, str]:
+        def ready() -> tuple[Tensor, Tensor | None]:
+            self._check_prepare(a1, topk_weights, topk_ids, num_experts, expert_map, flag)
+            rows = weighted_input(a1, topk_weights, topk_ids) if flag else a1
+            if self.quantise is not None:
+                return self.quantise(rows, a1_scale)
+            check_unquantised(a1_scale=a1_scale, a2_scale=a2_scale)
+            return rows, None
+
+        facts = {
+            "dtype": str(a1.dtype),
+            "hidden": str(a1.size(-1)),
+            "slots": str(slots),
+            "ids": str(topk_ids.dtype),
+            "weights": str(topk_weights.dtype),
+            "weight on input": str(flag),
+            "placement": str(self.grid),
+            "max tokens": str(self.max_num_tokens),
+            "scheme": getattr(self.quantise, "__name__", "none"),
+            **self.facts(),
+        }
+        return self.agreed("prepare", ready, facts)
+
+    def _check_prepare(
+        self,
+        a1: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        num_experts: int,
+        expert_map: Tensor | None,
+        apply_router_weight_on_input: bool,
+    ) -> None:
+        check_routing(a1, topk_weights, topk_ids, apply_router_weight_on_input)
+        want, bound = self.ids_dtype, self.max_num_tokens
+        check(want is None or topk_ids.dtype == want, f"topk_ids is {topk_ids.dtype}, this prepare/finalize needs {want}")
+        check(bound is None or a1.size(0) <= bound, f"{a1.size(0)} tokens on this rank, at most {bound} are allowed")
+        check_size(self.link, self.grid.ranks)
+        self._check_map(num_experts, expert_map)
+        check_ids(topk_ids, num_experts)
+
+    def facts(self) -> dict[str, str]:
         """What else must be the same on all ranks."""
         return {}
 
@@ -118,16 +128,22 @@ class RankPrepareAndFinalize(FusedMoEPrepareAndFinalize):
             f"expert_map is {got}, the placement gives rank {rank} of {grid.ranks} {want.tolist()}; they must be equal",
         )
 
-    def agreed(self, call: str, work: Callable[[], Tensor]) -> Tensor:
-        """Collective: what this rank's own `work` returns, once every rank's has succeeded; else raise on every rank."""
-        result, refusal = None, None
+    def agreed(self, call: str, work: Callable[[], T], facts: Mapping[str, str] | None = None) -> T:
+        """Collective: what this rank's own `work` returns, once every rank's has succeeded; else raise on every rank.
+
+        All that can fail on one rank alone belongs into `work`: after it the ranks are bound to each other.
+        """
+        result, error = None, None
         try:
             result = work()
-        except ContractError as error:
-            refusal = str(error)
-        agree(self.link, {"call": f"{type(self).__name__}.{call}"}, refusal)
-        assert result is not None
-        return result
+        except Exception as raised:  # whatever it is, the others must hear of it before this rank leaves
+            error = raised
+        refusal = None if error is None else str(error).strip() or type(error).__name__
+        try:
+            agree(self.link, {"call": f"{type(self).__name__}.{call}", **(facts or {})}, refusal)
+        except ContractError as joint:
+            raise error or joint from None
+        return result  # type: ignore[return-value]
 
 
 def groups_of(ids_TK: Tensor, grid: Grid) -> Tensor:

@@ -6,6 +6,7 @@ that never arrived (0xFF or 0 throughout), arrived in part, or with one field of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,10 +26,7 @@ class Field:
 
     @property
     def bytes(self) -> int:
-        count = self.dtype.itemsize
-        for size in self.shape:
-            count *= size
-        return count
+        return self.dtype.itemsize * math.prod(self.shape)
 
 
 def fields_of(columns: Sequence[Tensor]) -> list[Field]:
@@ -37,8 +35,7 @@ def fields_of(columns: Sequence[Tensor]) -> list[Field]:
 
 def pack(columns: Sequence[Tensor]) -> Tensor:
     """uint8 (n, bytes + SEAL) of columns (n, ..), any dtypes."""
-    flat = [c.clone(memory_format=torch.contiguous_format).view(c.size(0), -1).view(torch.uint8) for c in map(_row, columns)]
-    body = torch.cat(flat, dim=1)
+    body = torch.cat([byte_rows(column) for column in columns], dim=1)
     return torch.cat([body, _seal(body)], dim=1)
 
 
@@ -47,12 +44,15 @@ def unpack(message: Tensor, fields: Sequence[Field]) -> tuple[list[Tensor], Tens
     body, seal = message[:, :-SEAL], message[:, -SEAL:]
     columns = []
     for part, field in zip(body.split([f.bytes for f in fields], dim=1), fields, strict=True):
-        columns.append(part.clone(memory_format=torch.contiguous_format).view(field.dtype).view(-1, *field.shape))
+        typed = part.clone(memory_format=torch.contiguous_format).view(field.dtype)
+        columns.append(typed.view(message.size(0), *field.shape))
     return columns, (seal == _seal(body)).all(dim=1)
 
 
-def _row(column: Tensor) -> Tensor:
-    return column[:, None] if column.dim() == 1 else column
+def byte_rows(column: Tensor) -> Tensor:
+    """uint8 (n, bytes): a copy of a column (n, ..). fp8 knows no index_put, no fill and no collective; its bytes do."""
+    flat = column.clone(memory_format=torch.contiguous_format).view(column.size(0), math.prod(column.shape[1:]))
+    return flat.view(torch.uint8)
 
 
 def _seal(body: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ size: what it is about to do, or why it will not. Then either all go on, or all 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 
@@ -18,16 +18,6 @@ RECORD = 1024
 _GOES, _REFUSES = 0, 1
 _HEAD = 33
 """One byte of kind, and the SHA-256 of the text, which the record may cut."""
-
-
-def refusal_of(*checks: Callable[[], object]) -> str | None:
-    """The message of the first check that raises ContractError, None where all hold."""
-    for run in checks:
-        try:
-            run()
-        except ContractError as error:
-            return str(error)
-    return None
 
 
 def agree(link: Link, facts: Mapping[str, object], refusal: str | None) -> None:
@@ -57,8 +47,8 @@ def _exchange(link: Link, kind: int, text: str) -> list[tuple[int, bytes, str]]:
     encoded = text.encode()
     head = bytes([kind]) + hashlib.sha256(encoded).digest()
     record = (head + encoded)[:RECORD].ljust(RECORD, b"\0")
-    mine = torch.tensor(list(record), dtype=torch.uint8, device=link.device)
-    seen = [bytes(row.tolist()) for row in link.all_gather(mine).cpu()]
+    mine = torch.frombuffer(bytearray(record), dtype=torch.uint8).to(link.device)
+    seen = [row.numpy().tobytes() for row in link.all_gather(mine).cpu()]
     return [(r[0], r[1:_HEAD], r[_HEAD:].rstrip(b"\0").decode(errors="replace")) for r in seen]
 
 

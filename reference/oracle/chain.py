@@ -134,8 +134,14 @@ def project(x_TA: Tensor, w_BA: Tensor, fmt: Format) -> Spread:
 
 def chain(inputs: Inputs, claims: Claims) -> Trace:
     """gate_up, h, y and out of the whole layer, each with the bound propagated from the inputs."""
+    fmt, live = inputs.problem.fmt, live_slots(inputs)
+    taps = spreads(inputs, claims)
+    return {name: stored(s.value, s.allowed, fmt, None if name == "out" else live) for name, s in taps.items()}
+
+
+def spreads(inputs: Inputs, claims: Claims) -> dict[str, Spread]:
+    """The same four before they are stored: exact values and variances."""
     p = inputs.problem
-    live = live_slots(inputs)
     x = known(inputs.hidden_states)
     if p.latent:
         assert inputs.latent_down is not None
@@ -154,9 +160,7 @@ def chain(inputs: Inputs, claims: Claims) -> Trace:
         total = Spread(total.value + value, total.variance + (allowed / SIGMAS) ** 2 + (2 * U32 * value) ** 2)
         if claims.combine == "dtype":
             total = Spread(total.value, total.variance + ulp(total.value, p.fmt) ** 2 / 6)
-    taps = {"gate_up": gate_up, "h": h, "y": y}
-    trace = {name: stored(s.value, s.allowed, p.fmt, live) for name, s in taps.items()}
-    return trace | {"out": stored(total.value, total.allowed, p.fmt)}
+    return {"gate_up": gate_up, "h": h, "y": y, "out": total}
 
 
 def _out_of_latent(inputs: Inputs, total: Spread) -> Spread:
