@@ -67,6 +67,8 @@ class RankRun:
     seconds: float = 0.0
     refused: bool = False
     """The rank raised a ContractError: it refused its arguments."""
+    started: bool = True
+    """False where the ranks could not be started: the function was never called."""
     note: str = ""
     """What happened to the pool since its last run, where something did."""
 

@@ -138,6 +138,10 @@ class RankPool:
         if not seen.running and not seen.trouble:
             return None
         run = conclude(seen, started, START_DEADLINE, seeds)
+        # The journal is made first of all: without it the rank fell over what Python runs before.
+        never = [m for m in members if not m.journal.exists() and m.rank in seen.dead]
+        hint = "; it ended while importing the main script: does that make the pool under `if __name__ == '__main__':`?"
+        run = replace(run, started=False, headline=f"the ranks did not start: {run.headline}{hint if never else ''}")
         self.kill()
         return run
 

@@ -11,8 +11,9 @@ import torch
 
 from moeproof.harness import modes
 from moeproof.harness.case import Case
-from moeproof.harness.compare import compare, vacuous
+from moeproof.harness.compare import vacuous
 from moeproof.harness.inputs import make_inputs
+from moeproof.harness.rank_checks import WorldExpectation, judge_world
 from moeproof.harness.rank_pairs import support
 from moeproof.harness.ranks import call
 from moeproof.harness.ranks.compare import Mismatch
@@ -26,7 +27,6 @@ from moeproof.reference.contract.candidate import Claims, RankPair
 from moeproof.reference.contract.errors import ContractError
 from moeproof.reference.contract.stages import Stage
 from moeproof.reference.eager.ranks_link import on_threads
-from moeproof.reference.oracle.chain import chain
 from moeproof.reference.oracle.value import Value
 
 Tensor = torch.Tensor
@@ -59,6 +59,7 @@ class RankSession:
         self.ranks, self.transport, self.deadline, self.names = ranks, transport, deadline, tuple(names)
         self._given, self._pool = world, world
         self._settled = 0
+        self._no_start: RankRun | None = None
 
     def judge(self, candidate: str | RankPair, pair: RankPair, case: Case) -> Verdict:
         """Run `pair` on every rank. `candidate` is what travels to the ranks: its name, or the pair itself."""
@@ -88,17 +89,19 @@ class RankSession:
         reason = None if self._given else unavailable(self.transport, self.ranks)
         if reason := reason or support(pair, case.world, self.transport):
             return reason
-        if case.tp > 1:
-            return "outputs of tensor-parallel shards have no derived bound here"
         if self.transport == "simulated" and pair.backend == "triton" and modes.interpreting():
             return "Triton's interpreter serves one thread, and simulated ranks are threads; use gloo"
         return None
 
     def _run(self, candidate: str | RankPair, case: Case) -> list[Shown] | RankRun:
+        if self._no_start is not None:
+            return self._no_start  # it is not the case's fault, and would cost as long for each
         pool = self._pool = self._pool or RankPool(self.ranks, self.transport, deadline=self.deadline)
         if self._settled != pool.starts or not pool.pids:
             # Imports are no part of the case, and must not eat up its deadline.
             run = pool.run(call.settle, self.names, deadline=START_DEADLINE)
+            if not run.started:
+                self._no_start = run
             if not run.ok:
                 return run
             self._settled = pool.starts
@@ -135,38 +138,34 @@ def _finding(m: Mismatch) -> Finding:
 
 
 @functools.lru_cache(maxsize=2)
-def _expected(case: Case, claims: Claims) -> Value:
-    return chain(make_inputs(whole_case(case)), claims)["out"]
+def _expected(case: Case, claims: Claims) -> WorldExpectation:
+    """One oracle serves all candidates of a case."""
+    return WorldExpectation(case.world, make_inputs(replace(whole_case(case), strided=False)), claims)
 
 
 def _judged(case: Case, shown: Sequence[Shown], claims: Claims) -> dict[str, object]:
-    """The output of every rank against what one rank alone must compute for its tokens."""
-    want = _expected(case, claims)
-    findings: list[Finding] = []
-    checked, worst = 0, 0.0
-    for rank, tensors in enumerate(shown):
-        got, rows = tensors["out"], case.world.rows(rank)
-        part = Value(
-            want.value[rows],
-            None if want.bound is None else want.bound[rows],
-            None if want.live is None else want.live[rows],
-            want.fmt,
-        )
-        fmt = case.problem.fmt
-        if got.shape != part.value.shape or got.dtype != fmt.dtype:
-            words = f"is {tuple(got.shape)} {got.dtype}, must be {tuple(part.value.shape)} {fmt.dtype}"
-            findings.append(Finding(Stage.COMBINE, "out", words, rank=rank))
-            continue
-        result = compare("out", got, part)
-        checked += 2 + result.checked
-        worst = max(worst, result.ratio)
-        findings += [_at(f, rank) for f in result.findings]
+    """The verdict's fields for what every rank showed."""
+    expect = _expected(case, claims)
+    results = judge_world(expect, shown)
+    findings = tuple(f for r in results.values() for f in r.findings)
+    fields: dict[str, object] = {
+        "checked": sum(r.checked for r in results.values()),
+        "worst": {name: r.ratio for name, r in results.items()},
+    }
     if findings:
-        return {"outcome": Outcome.FAIL, "findings": tuple(findings), "checked": checked, "rank": findings[0].rank}
-    if reason := vacuous("out", want):
-        return {"outcome": Outcome.VACUOUS, "reason": reason, "checked": checked}
-    return {"outcome": Outcome.PASS, "checked": checked, "worst": {"out": worst}}
+        return fields | {"outcome": Outcome.FAIL, "findings": findings, "rank": findings[0].rank}
+    if reason := vacuous("out", _all_ranks([view.out for view in expect.ranks])):
+        return fields | {"outcome": Outcome.VACUOUS, "reason": reason}
+    return fields | {"outcome": Outcome.PASS}
 
 
-def _at(finding: Finding, rank: int) -> Finding:
-    return replace(finding, rank=rank)
+def _all_ranks(outs: Sequence[Value]) -> Value:
+    """The tokens of all ranks as one tensor: a rank with few of them proves little by itself."""
+    bounds = [v.bound for v in outs if v.bound is not None]
+    lives = [v.live for v in outs if v.live is not None]
+    return Value(
+        torch.cat([v.value for v in outs]),
+        torch.cat(bounds) if len(bounds) == len(outs) else None,
+        torch.cat(lives) if len(lives) == len(outs) else None,
+        outs[0].fmt,
+    )
