@@ -55,7 +55,8 @@ def verify(
 
     work = workers.plan(model or [], case or [], tier, random, tokens, dtype, full_size, ranks)
     if on_ranks.wanted(ranks, work):
-        raise typer.Exit(on_ranks.main(candidates or [], work, ranks, transport, mode, deadline, json))
+        given = candidates or []
+        raise typer.Exit(on_ranks.main(given, work, ranks, transport, mode, deadline, json, strict=bool(case)))
     mode = workers.settle(mode)
     names = workers.resolve(candidates or [])
     verdicts = report.progress(workers.run(names, work, mode, jobs), len(names) * len(work), json)
@@ -77,7 +78,7 @@ def replay(
 
     work = workers.plan([], [case], "", 0, 4, "bf16", False)
     if on_ranks.wanted(0, work):
-        raise typer.Exit(on_ranks.main(candidate or [], work, 0, transport, mode, deadline, json, replay=True))
+        raise typer.Exit(on_ranks.main(candidate or [], work, 0, transport, mode, deadline, json, strict=True, replay=True))
     mode = workers.settle(mode)
     names = workers.resolve(candidate or [])
     verdicts = list(workers.run(names, work, mode, 1))

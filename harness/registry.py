@@ -59,7 +59,9 @@ def load_candidates(names: Iterable[str]) -> list[Candidate]:
 
 def load_rank_pairs(names: Iterable[str]) -> list[RankPair]:
     """Candidates for several ranks, by name or by path, as load_candidates."""
-    installed = {p.name: p for p in find_rank_pairs()}
+    names = list(names)
+    # Every rank loads its candidates anew: paths alone need not import what is installed.
+    installed = {} if all(":" in name for name in names) else {p.name: p for p in find_rank_pairs()}
     return [_named(name, installed) or _as_rank_pair(name, _from_path(name)) for name in names]
 
 

@@ -59,10 +59,10 @@ def show(pair: RankPair, line: str, link: Link, device: torch.device) -> dict[st
     return {name: t.cpu() for name, t in shown.items()}
 
 
-def settle(context: RankContext, names: tuple[str, ...]) -> None:
-    """Choose how this rank's kernels run, and import the candidates."""
+def settle(context: RankContext, name: str | None) -> None:
+    """Choose how this rank's kernels run, and import the candidate of this name."""
     modes.choose("interpret" if context.device.type == "cpu" else "device")
-    for name in names:
+    if name is not None:
         _installed(name)
 
 

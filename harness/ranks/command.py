@@ -18,6 +18,8 @@ from moeproof.harness.verdict import Verdict
 from moeproof.reference.contract.candidate import TRANSPORTS, RankPair
 from moeproof.reference.contract.errors import ContractError, check, known
 
+Work = list[tuple[str, Case]]
+"""(label, case): the label is a model's name, or empty."""
 TRANSPORT_CHOICES = ("auto", *TRANSPORTS)
 
 
@@ -45,19 +47,19 @@ def settle(transport: str, mode: str) -> None:
         modes.choose("interpret")
 
 
-def wanted(ranks: int, work: Sequence[tuple[str, Case]]) -> bool:
+def wanted(ranks: int, work: Work) -> bool:
     """Whether this is about several ranks at all."""
     check(ranks >= 0, f"ranks={ranks} must not be negative")
     return bool(ranks) or torchrun.launched() or any(case.ranks > 1 for _, case in work)
 
 
-def place(work: Sequence[tuple[str, Case]], ranks: int) -> tuple[list[tuple[str, Case]], list[str]]:
-    """(the same layers on `ranks` ranks, why some presets are left out). 0 ranks means as many as the case line says.
+def place(work: Work, ranks: int, strict: bool) -> tuple[Work, list[str]]:
+    """(the same layers on `ranks` ranks, why some are left out). 0 ranks means as many as the case line says.
 
     `ep` of a single-rank case is one rank's view: here it follows from the ranks. Raises ContractError where a case line
-    says otherwise, or where nothing is left.
+    says otherwise, where nothing is left, and with `strict` for the first case that so many ranks cannot share.
     """
-    placed: list[tuple[str, Case]] = []
+    placed: Work = []
     left_out: list[str] = []
     for label, case in work:
         check(case.ranks in (1, ranks) or not ranks, f"the case line has ranks={case.ranks}, and --ranks is {ranks}")
@@ -67,10 +69,10 @@ def place(work: Sequence[tuple[str, Case]], ranks: int) -> tuple[list[tuple[str,
         try:
             placed.append((label, replace(case.with_problem(ep=1, ep_rank=0), ranks=ranks)))
         except ContractError as error:
-            if not label:
+            if strict:
                 raise
-            left_out.append(f"{label}: {error}")
-    check(bool(placed), f"no preset can be shared by so many ranks; {left_out[0] if left_out else 'no case was given'}")
+            left_out.append(f"{label or case}: {error}")
+    check(bool(placed), f"no case can be shared by so many ranks; {left_out[0] if left_out else 'there was none'}")
     return placed, left_out
 
 
@@ -85,12 +87,14 @@ def named(names: Sequence[str]) -> list[tuple[str, RankPair]]:
 
 def main(
     names: Sequence[str],
-    work: Sequence[tuple[str, Case]],
+    work: Work,
     ranks: int,
     transport: str,
     mode: str,
     deadline: float,
     json: bool,
+    *,
+    strict: bool,
     replay: bool = False,
 ) -> int:
     """The body of `verify --ranks` and of `replay` for a case on several ranks; the exit code.
@@ -101,7 +105,7 @@ def main(
     if torchrun.launched():
         ranks = ranks or int(os.environ["WORLD_SIZE"])
         check(ranks == int(os.environ["WORLD_SIZE"]), f"--ranks is {ranks}, torchrun started {os.environ['WORLD_SIZE']}")
-    placed, left_out = place(work, ranks)
+    placed, left_out = place(work, ranks, strict)
     transport = choose(transport, max(case.ranks for _, case in placed))
     settle(transport, mode)
     pairs = named(names)
@@ -118,15 +122,13 @@ def main(
     return report.verify(report.progress(verdicts, len(pairs) * len(placed), json), placed, json)
 
 
-def run(
-    pairs: Sequence[tuple[str, RankPair]], work: Sequence[tuple[str, Case]], transport: str, deadline: float
-) -> Iterator[Verdict]:
+def run(pairs: Sequence[tuple[str, RankPair]], work: Work, transport: str, deadline: float) -> Iterator[Verdict]:
     """Verdicts as they come, case by case."""
     sessions: dict[int, RankSession] = {}
     try:
         for _, case in work:
             if case.ranks not in sessions:
-                sessions[case.ranks] = RankSession(case.ranks, transport, deadline, [name for name, _ in pairs])
+                sessions[case.ranks] = RankSession(case.ranks, transport, deadline)
             for name, pair in pairs:
                 yield sessions[case.ranks].judge(name, pair, case)
     finally:
@@ -134,12 +136,10 @@ def run(
             session.close()
 
 
-def _under_torchrun(
-    pairs: Sequence[tuple[str, RankPair]], work: Sequence[tuple[str, Case]], transport: str, deadline: float
-) -> Iterator[Verdict]:
+def _under_torchrun(pairs: Sequence[tuple[str, RankPair]], work: Work, transport: str, deadline: float) -> Iterator[Verdict]:
     """Verdicts on rank 0; the other ranks take part and yield nothing."""
     world = torchrun.TorchrunWorld(transport, deadline)
-    session = RankSession(world.world_size, transport, deadline, [name for name, _ in pairs], world)
+    session = RankSession(world.world_size, transport, deadline, world)
     for _, case in work:
         for name, pair in pairs:
             if world.rank == 0:

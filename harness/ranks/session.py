@@ -53,12 +53,12 @@ class RankSession:
         ranks: int,
         transport: str,
         deadline: float = DEADLINE,
-        names: Sequence[str] = (),
         world: TorchrunWorld | None = None,
     ) -> None:
-        self.ranks, self.transport, self.deadline, self.names = ranks, transport, deadline, tuple(names)
+        self.ranks, self.transport, self.deadline = ranks, transport, deadline
         self._given, self._pool = world, world
-        self._settled = 0
+        self._settled: tuple[int, set[object]] = 0, set()
+        """(the start of the pool, the candidates that its ranks have loaded)."""
         self._no_start: RankRun | None = None
 
     def judge(self, candidate: str | RankPair, pair: RankPair, case: Case) -> Verdict:
@@ -97,14 +97,15 @@ class RankSession:
         if self._no_start is not None:
             return self._no_start  # it is not the case's fault, and would cost as long for each
         pool = self._pool = self._pool or RankPool(self.ranks, self.transport, deadline=self.deadline)
-        if self._settled != pool.starts or not pool.pids:
+        start, loaded = self._settled if pool.pids else (0, set())
+        if start != pool.starts or candidate not in loaded:
             # Imports are no part of the case, and must not eat up its deadline.
-            run = pool.run(call.settle, self.names, deadline=START_DEADLINE)
+            run = pool.run(call.settle, candidate if isinstance(candidate, str) else None, deadline=START_DEADLINE)
             if not run.started:
                 self._no_start = run
             if not run.ok:
                 return run
-            self._settled = pool.starts
+            self._settled = pool.starts, {candidate} | (loaded if start == pool.starts else set())
         run = pool.run(call.call, candidate, str(case), seed=case.seed)
         return list(run.results) if run.ok else run
 

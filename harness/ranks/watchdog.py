@@ -139,12 +139,9 @@ def conclude(seen: Watch, started: float, deadline: float, seeds: Sequence[int])
         headline = f"rank {rank} {'refused its arguments' if refused else 'raised'}{_place(stories[rank])}: {reply.error}"
     elif running:
         ending, rank = Ending.HUNG, _suspect(running, stories, differ)
-        limit = f"deadline {deadline:g} s"
-        when = (
-            f"ended after {seconds:.1f} s ({limit}), as the ranks can never meet"
-            if seen.early
-            else f"no end within the {limit}"
-        )
+        when = f"no end within the deadline of {deadline:g} s"
+        if seen.early:
+            when = f"ended after {seconds:.1f} s of {deadline:g} s, as the ranks can never meet"
         headline = when if rank is None else f"{when}; look at rank {rank}{_place(stories[rank])}"
     elif differ:
         ending, rank = Ending.MISMATCH, differ[0].rank
