@@ -75,7 +75,8 @@ def kill(processes: Iterable[BaseProcess]) -> None:
         _kill_group(process.pid)
     for process in processes:
         process.join(5.0)
-        process.close()
+        with contextlib.suppress(ValueError):  # a driver may take longer to give a dying process up; it is dead all the same
+            process.close()
 
 
 def how_it_ended(exitcode: int | None) -> str:

@@ -52,11 +52,11 @@ def skips(context: RankContext, skipper: int) -> None:
 def stalls(context: RankContext, staller: int) -> None:
     """One rank never comes to the collective that the others wait in."""
     context.enter("DISPATCH")
-    dist.all_reduce(torch.ones(4))
+    dist.all_reduce(torch.ones(4, device=context.device))
     context.enter("GEMM1")
     if context.rank == staller:
         time.sleep(3600)
-    dist.all_reduce(torch.ones(4))
+    dist.all_reduce(torch.ones(4, device=context.device))
 
 
 def spins(context: RankContext, spinner: int) -> None:
@@ -110,7 +110,7 @@ def raises(context: RankContext, raiser: int) -> None:
     context.enter("PERMUTE")
     if context.rank == raiser:
         raise IndexError("expert 9 of 8")
-    dist.all_reduce(torch.ones(4))
+    dist.all_reduce(torch.ones(4, device=context.device))
 
 
 def all_raise(context: RankContext) -> None:
@@ -120,13 +120,13 @@ def all_raise(context: RankContext) -> None:
 def dies(context: RankContext, victim: int, how: str) -> None:
     """One rank ends in the middle of an exchange."""
     context.enter("DISPATCH")
-    dist.all_reduce(torch.ones(4))
+    dist.all_reduce(torch.ones(4, device=context.device))
     if context.rank == victim:
         with announce("put", torch.ones(2, 3)):
             if how == "exit":
                 os._exit(3)
             os.kill(os.getpid(), getattr(signal, how))
-    dist.all_reduce(torch.ones(4))
+    dist.all_reduce(torch.ones(4, device=context.device))
 
 
 def subgroups(context: RankContext) -> float:
@@ -211,3 +211,49 @@ def stops(context: RankContext, victim: int) -> None:
 
 def one_reduces_otherwise(context: RankContext, other: int) -> None:
     dist.all_reduce(torch.ones(4), op=dist.ReduceOp.MIN if context.rank == other else dist.ReduceOp.SUM)
+
+
+def exchange_on_device(context: RankContext, rows: int) -> bool:
+    """An uneven all-to-all there and back, where this transport's tensors lie."""
+    n = context.world_size
+    send = [rows + r for r in range(n)]
+    receive = [rows + context.rank] * n
+    mine = torch.full((sum(send), 8), float(context.rank), device=context.device)
+    there, back = mine.new_empty(sum(receive), 8), torch.empty_like(mine)
+    dist.all_to_all_single(there, mine, receive, send)
+    dist.all_to_all_single(back, there, send, receive)
+    return bool(torch.equal(back, mine))
+
+
+def symmetric_put(context: RankContext) -> float:
+    """Each rank writes its number into the next one's symmetric memory; what arrived here."""
+    import torch.distributed._symmetric_memory as symmetric
+
+    context.enter("DISPATCH")
+    buffer = symmetric.empty(64, dtype=torch.float32, device=context.device)
+    handle = symmetric.rendezvous(buffer, context.group.group_name)
+    buffer.fill_(-1)
+    handle.barrier()
+    peer = (context.rank + 1) % context.world_size
+    with announce("put", buffer):
+        handle.get_buffer(peer, (64,), torch.float32).fill_(float(context.rank))
+    handle.barrier()
+    return float(buffer[0])
+
+
+def spins_on_device(context: RankContext, spinner: int) -> None:
+    """One rank's GPU is busy for about a minute, and the others wait for it."""
+    if context.rank == spinner:
+        torch.cuda._sleep(100_000_000_000)
+    x = torch.ones(4, device=context.device)
+    dist.all_reduce(x)
+    x.cpu()
+
+
+def illegal_address(context: RankContext, victim: int) -> None:
+    """One rank loses its CUDA context."""
+    if context.rank == victim:
+        x = torch.zeros(4, device=context.device)
+        x[torch.tensor([1 << 40], device=context.device)]
+        torch.cuda.synchronize()
+    dist.all_reduce(torch.ones(4, device=context.device))
