@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -46,16 +45,13 @@ def run_rank(pair: RankPair, calls: Sequence[Inputs], world: World, link: Link) 
     """
     prepare_finalize = Tap(pair.prepare_finalize(calls[0], world, link), ("prepare",))
     experts = Tap(pair.experts(calls[0]), ("apply",))
-    kernel = FusedMoEModularKernel(prepare_finalize, experts)  # type: ignore[arg-type]
+    kernel = pair.kernel(prepare_finalize, experts)  # type: ignore[arg-type]
     shown = []
     for inputs in calls:
         prepare_finalize.calls.clear()
         experts.calls.clear()
         out = _forward(kernel, inputs, prepare_finalize.topk_indices_dtype())
-        taken = dict(zip(PREPARED, _prepared(prepare_finalize), strict=True))
-        if "apply" in experts.calls:
-            taken["y"] = experts.calls["apply"][1]
-        shown.append({name: t for name, t in taken.items() if t is not None} | {"out": out.clone()})
+        shown.append(_passed(prepare_finalize, experts) | {"out": out.clone()})
     return shown
 
 
@@ -76,6 +72,11 @@ def _forward(kernel: FusedMoEModularKernel, inputs: Inputs, ids_dtype: torch.dty
     return out
 
 
-def _prepared(tap: Tap) -> tuple[Any, ...]:
-    result: tuple[Any, ...] = tap.calls["prepare"][1]
-    return result
+def _passed(prepare_finalize: Tap, experts: Tap) -> dict[str, Tensor]:
+    """What went through the taps. Nothing where the kernel calls prepare in halves: there are several micro-batches then."""
+    if "prepare" not in prepare_finalize.calls:
+        return {}
+    taken = dict(zip(PREPARED, prepare_finalize.calls["prepare"][1], strict=True))
+    if "apply" in experts.calls:
+        taken["y"] = experts.calls["apply"][1]
+    return {name: t for name, t in taken.items() if t is not None}

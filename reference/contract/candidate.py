@@ -10,7 +10,11 @@ import torch
 from moeproof.reference.contract.errors import check, known
 from moeproof.reference.contract.inputs import Inputs
 from moeproof.reference.contract.link import Link
-from moeproof.reference.contract.modular import FusedMoEPermuteExpertsUnpermute, FusedMoEPrepareAndFinalize
+from moeproof.reference.contract.modular import (
+    FusedMoEModularKernel,
+    FusedMoEPermuteExpertsUnpermute,
+    FusedMoEPrepareAndFinalize,
+)
 from moeproof.reference.contract.problem import LAYOUTS, Problem
 from moeproof.reference.contract.stages import TENSORS
 from moeproof.reference.contract.world import World
@@ -147,6 +151,8 @@ class RankPair:
     supports: Callable[[World], str | None] = _supports_every_world
     claims: Claims = field(default_factory=Claims)
     backend: str = "torch"
+    kernel: type[FusedMoEModularKernel] = FusedMoEModularKernel
+    """What runs the two together: FusedMoEOverlappedKernel where prepare_finalize has the four calls in halves."""
     transports: tuple[str, ...] = ("simulated", "gloo", "symm", "nccl")
     """Links it can use; `symm` means gloo for control and symmetric memory on the group's GPUs."""
 

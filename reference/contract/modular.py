@@ -13,6 +13,9 @@ import torch
 from moeproof.reference.contract.checks import check_forward, check_workspaces
 from moeproof.reference.contract.errors import ContractError, check
 
+Prepared = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+"""What `prepare` returns: (a1q, a1q_scale, expert_num_tokens, expert_topk_ids, expert_topk_weights)."""
+
 
 def moe_problem_size(
     a1: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, topk_ids: torch.Tensor
@@ -61,7 +64,7 @@ class FusedMoEPrepareAndFinalize(ABC):
         num_experts: int,
         expert_map: torch.Tensor | None,
         apply_router_weight_on_input: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    ) -> Prepared:
         """Quantise and dispatch `a1` (M, K).
 
         `num_experts` is the global count. Returns (a1q, a1q_scale, expert_num_tokens int32 (local experts,),
@@ -193,6 +196,60 @@ class FusedMoEModularKernel(torch.nn.Module):
         """
         if global_num_experts == -1:
             global_num_experts = w1.size(0)
+        self.check(
+            hidden_states,
+            w1,
+            w2,
+            topk_weights,
+            topk_ids,
+            global_num_experts,
+            expert_map,
+            apply_router_weight_on_input,
+        )
+        output = hidden_states if inplace else torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+        prepared = self.prepare_finalize.prepare(
+            hidden_states,
+            a1_scale,
+            a2_scale,
+            topk_weights,
+            topk_ids,
+            global_num_experts,
+            expert_map,
+            apply_router_weight_on_input,
+        )
+        # Dispatched ids and weights, where there are some, replace the originals from here on.
+        topk_ids = topk_ids if prepared[3] is None else prepared[3]
+        topk_weights = topk_weights if prepared[4] is None else prepared[4]
+        expert_output = self.run_experts(
+            prepared,
+            hidden_states,
+            w1,
+            w2,
+            topk_ids,
+            activation,
+            global_num_experts,
+            expert_map,
+            w1_scale,
+            w2_scale,
+            w1_zp,
+            w2_zp,
+            a2_scale,
+        )
+        self.prepare_finalize.finalize(output, expert_output, topk_weights, topk_ids, apply_router_weight_on_input)
+        return output
+
+    def check(
+        self,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        global_num_experts: int,
+        expert_map: torch.Tensor | None,
+        apply_router_weight_on_input: bool,
+    ) -> None:
+        """Raise ContractError where arguments disagree, and let the other ranks know."""
         try:
             check_forward(
                 hidden_states,
@@ -209,51 +266,54 @@ class FusedMoEModularKernel(torch.nn.Module):
         except ContractError as error:
             self.prepare_finalize.abandon(str(error))
             raise
-        output = hidden_states if inplace else torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
-        a1q, a1q_scale, expert_num_tokens, expert_topk_ids, expert_topk_weights = self.prepare_finalize.prepare(
-            hidden_states,
-            a1_scale,
-            a2_scale,
-            topk_weights,
-            topk_ids,
-            global_num_experts,
-            expert_map,
-            apply_router_weight_on_input,
-        )
-        topk_ids = topk_ids if expert_topk_ids is None else expert_topk_ids
-        topk_weights = topk_weights if expert_topk_weights is None else expert_topk_weights
+
+    def run_experts(
+        self,
+        prepared: Prepared,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_ids: torch.Tensor,
+        activation: str,
+        global_num_experts: int,
+        expert_map: torch.Tensor | None,
+        w1_scale: torch.Tensor | None,
+        w2_scale: torch.Tensor | None,
+        w1_zp: torch.Tensor | None,
+        w2_zp: torch.Tensor | None,
+        a2_scale: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """What finalize gets: `apply` of the prepared rows in fresh workspaces. `hidden_states` are this rank's own tokens."""
+        a1q, a1q_scale, expert_num_tokens, _, _ = prepared
         if a1q.numel() == 0:
             # Nothing arrived here. finalize is still called: it may be a collective that other ranks wait in.
-            expert_output = torch.empty_like(a1q, dtype=hidden_states.dtype)
-        else:
-            try:
-                _, M, N, K, topk = moe_problem_size(a1q, w1, w2, topk_ids)
-                elements13, elements2, dtype = self.fused_experts.workspace_shapes(
-                    hidden_states, a1q, M, N, K, topk, global_num_experts
-                )
-                workspace13 = torch.empty(elements13, device=hidden_states.device, dtype=dtype)
-                workspace2 = torch.empty(elements2, device=hidden_states.device, dtype=dtype)
-                check_workspaces(workspace13, workspace2)
-                expert_output = self.fused_experts.apply(
-                    a1q,
-                    w1,
-                    w2,
-                    topk_ids,
-                    activation,
-                    global_num_experts,
-                    expert_map,
-                    w1_scale,
-                    w2_scale,
-                    w1_zp,
-                    w2_zp,
-                    a1q_scale,
-                    a2_scale,
-                    workspace13,
-                    workspace2,
-                    expert_num_tokens,
-                )
-            except Exception as error:
-                self.prepare_finalize.abandon(f"{type(error).__name__} in the experts: {error}")
-                raise
-        self.prepare_finalize.finalize(output, expert_output, topk_weights, topk_ids, apply_router_weight_on_input)
-        return output
+            return torch.empty_like(a1q, dtype=hidden_states.dtype)
+        try:
+            _, M, N, K, topk = moe_problem_size(a1q, w1, w2, topk_ids)
+            elements13, elements2, dtype = self.fused_experts.workspace_shapes(
+                hidden_states, a1q, M, N, K, topk, global_num_experts
+            )
+            workspace13 = torch.empty(elements13, device=hidden_states.device, dtype=dtype)
+            workspace2 = torch.empty(elements2, device=hidden_states.device, dtype=dtype)
+            check_workspaces(workspace13, workspace2)
+            return self.fused_experts.apply(
+                a1q,
+                w1,
+                w2,
+                topk_ids,
+                activation,
+                global_num_experts,
+                expert_map,
+                w1_scale,
+                w2_scale,
+                w1_zp,
+                w2_zp,
+                a1q_scale,
+                a2_scale,
+                workspace13,
+                workspace2,
+                expert_num_tokens,
+            )
+        except Exception as error:
+            self.prepare_finalize.abandon(f"{type(error).__name__} in the experts: {error}")
+            raise

@@ -9,11 +9,9 @@ from enum import Enum
 import torch
 
 from moeproof.reference.contract.errors import check
-from moeproof.reference.contract.modular import FusedMoEPrepareAndFinalize
+from moeproof.reference.contract.modular import FusedMoEModularKernel, FusedMoEPrepareAndFinalize, Prepared
 
 Tensor = torch.Tensor
-Prepared = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-"""What `prepare` returns: (a1q, a1q_scale, expert_num_tokens, expert_topk_ids, expert_topk_weights)."""
 IN_FLIGHT = 2
 """Micro-batches at once: two slots, as the engines have."""
 
@@ -87,3 +85,85 @@ class FusedMoEOverlappedPrepareAndFinalize(FusedMoEPrepareAndFinalize):
 
     @abstractmethod
     def finish_finalize(self, batch: Batch) -> None: ...
+
+
+class FusedMoEOverlappedKernel(FusedMoEModularKernel):
+    """FusedMoEModularKernel whose rank's tokens go through in two halves: one travels while the other is computed.
+
+    Every rank makes two micro-batches, also of no tokens: all ranks make the same calls.
+    """
+
+    prepare_finalize: FusedMoEOverlappedPrepareAndFinalize
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        inplace: bool = False,
+        activation: str = "silu",
+        global_num_experts: int = -1,
+        expert_map: Tensor | None = None,
+        w1_scale: Tensor | None = None,
+        w2_scale: Tensor | None = None,
+        w1_zp: Tensor | None = None,
+        w2_zp: Tensor | None = None,
+        a1_scale: Tensor | None = None,
+        a2_scale: Tensor | None = None,
+        apply_router_weight_on_input: bool = False,
+    ) -> Tensor:
+        """As FusedMoEModularKernel.forward. `a1_scale` is static: it serves both halves."""
+        if global_num_experts == -1:
+            global_num_experts = w1.size(0)
+        pf = self.prepare_finalize
+        self.check(
+            hidden_states,
+            w1,
+            w2,
+            topk_weights,
+            topk_ids,
+            global_num_experts,
+            expert_map,
+            apply_router_weight_on_input,
+        )
+        half = (hidden_states.size(0) + 1) // 2
+        output = hidden_states if inplace else torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+        halves = [slice(0, half), slice(half, None)]
+        batches = [
+            pf.start_prepare(
+                hidden_states[rows],
+                a1_scale,
+                a2_scale,
+                topk_weights[rows],
+                topk_ids[rows],
+                global_num_experts,
+                expert_map,
+                apply_router_weight_on_input,
+            )
+            for rows in halves
+        ]
+        for rows, batch in zip(halves, batches, strict=True):
+            prepared = pf.finish_prepare(batch)
+            ids = topk_ids[rows] if prepared[3] is None else prepared[3]
+            weights = topk_weights[rows] if prepared[4] is None else prepared[4]
+            y = self.run_experts(
+                prepared,
+                hidden_states[rows],
+                w1,
+                w2,
+                ids,
+                activation,
+                global_num_experts,
+                expert_map,
+                w1_scale,
+                w2_scale,
+                w1_zp,
+                w2_zp,
+                a2_scale,
+            )
+            pf.start_finalize(batch, output[rows], y, weights, ids, apply_router_weight_on_input)
+        for batch in batches:
+            pf.finish_finalize(batch)
+        return output

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from moeproof.reference.contract.errors import ContractError, check
-from moeproof.reference.contract.modular import FusedMoEPrepareAndFinalize
-from moeproof.reference.contract.overlap import Prepared
+from moeproof.reference.contract.modular import FusedMoEPrepareAndFinalize, Prepared
 from moeproof.reference.eager.slots import check_routing, check_unquantised, local_ids, num_local_experts, weighted_input
 
 Tensor = torch.Tensor

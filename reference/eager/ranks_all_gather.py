@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from moeproof.reference.contract.errors import ContractError
-from moeproof.reference.contract.overlap import Prepared
+from moeproof.reference.contract.modular import Prepared
 from moeproof.reference.eager.ranks_common import (
     RankPrepareAndFinalize,
     check_finalize,
@@ -92,7 +92,7 @@ class AllGatherReduceScatter(RankPrepareAndFinalize):
 def _filled_up(column: Tensor, rows: int, value: int) -> Tensor:
     """`column` (n, ..) with rows of `value` after it, (rows, ..)."""
     missing = rows - column.size(0)
-    # By bytes: fp8 has no fill, and 0 is all zero bytes in every format.
+    # zeros exists for every dtype, full and fill not for fp8.
     more = torch.zeros(missing, *column.shape[1:], dtype=column.dtype, device=column.device)
     if value:
         more.fill_(value)

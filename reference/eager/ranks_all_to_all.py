@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 
 from moeproof.reference.contract.errors import ContractError, check
-from moeproof.reference.contract.overlap import IN_FLIGHT, Batch, FusedMoEOverlappedPrepareAndFinalize, Prepared, Step
+from moeproof.reference.contract.modular import Prepared
+from moeproof.reference.contract.overlap import IN_FLIGHT, Batch, FusedMoEOverlappedPrepareAndFinalize, Step
 from moeproof.reference.eager.ranks_common import (
     RankPrepareAndFinalize,
     check_finalize,

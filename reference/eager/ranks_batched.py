@@ -9,7 +9,7 @@ import torch
 from moeproof.reference.contract.errors import ContractError, check
 from moeproof.reference.contract.grid import Grid
 from moeproof.reference.contract.link import Link
-from moeproof.reference.contract.overlap import Prepared
+from moeproof.reference.contract.modular import Prepared
 from moeproof.reference.eager.prepare_finalize import check_output, reduce_slots
 from moeproof.reference.eager.ranks_common import Quantise, RankPrepareAndFinalize
 from moeproof.reference.eager.ranks_exchange import exchange_counts, start_exchange
@@ -58,8 +58,8 @@ class BatchedAllToAll(RankPrepareAndFinalize):
         """Experts in the order of the regions: by rank, then local index."""
         self._sent: _Sent | None = None
 
-    def facts(self) -> dict[str, str]:
-        return {"rows per expert": str(self.max_rows)}
+    def facts(self) -> dict[str, object]:
+        return {"rows per expert": self.max_rows}
 
     def prepare(
         self,

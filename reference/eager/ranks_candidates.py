@@ -8,6 +8,7 @@ from moeproof.reference.contract.candidate import Claims, RankPair
 from moeproof.reference.contract.inputs import Inputs
 from moeproof.reference.contract.link import Link
 from moeproof.reference.contract.modular import FusedMoEPermuteExpertsUnpermute
+from moeproof.reference.contract.overlap import FusedMoEOverlappedKernel
 from moeproof.reference.contract.problem import Problem
 from moeproof.reference.contract.world import World
 from moeproof.reference.eager.experts import BatchedLoopExperts, LoopExperts
@@ -42,13 +43,28 @@ Supports = Callable[[Problem], str | None]
 def rank_pairs(standard: Supports, batched: Supports, claims: Claims) -> list[RankPair]:
     """`standard` and `batched` say which problems the experts of that layout can compute, on however many ranks."""
 
+    def rows(world: World) -> str | None:
+        if world.problem.quant.quantised:
+            return f"scheme {world.problem.scheme}: ranks share unquantised problems only"
+        return standard(world.problem)
+
     def whole_rows(world: World) -> str | None:
+        if world.problem.quant.quantised:
+            return f"scheme {world.problem.scheme}: ranks share unquantised problems only"
         if world.tp > 1:
             return f"tp={world.tp}: the batched exchange returns whole rows, it cannot sum shards"
         return batched(world.problem)
 
     return [
-        RankPair("eager-allgather", _all_gather, _loop, supports=lambda w: standard(w.problem), claims=claims),
-        RankPair("eager-alltoall", _all_to_all, _loop, supports=lambda w: standard(w.problem), claims=claims),
+        RankPair("eager-allgather", _all_gather, _loop, supports=rows, claims=claims),
+        RankPair("eager-alltoall", _all_to_all, _loop, supports=rows, claims=claims),
+        RankPair(
+            "eager-alltoall-overlapped",
+            _all_to_all,
+            _loop,
+            supports=rows,
+            claims=claims,
+            kernel=FusedMoEOverlappedKernel,
+        ),
         RankPair("eager-batched-alltoall", _batched, _batched_loop, "batched", whole_rows, claims),
     ]

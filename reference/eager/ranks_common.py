@@ -7,13 +7,13 @@ from typing import TypeVar
 
 import torch
 
+from moeproof.reference.contract.agreement import agree, withdraw
 from moeproof.reference.contract.checks import check_ids
 from moeproof.reference.contract.errors import ContractError, check
 from moeproof.reference.contract.grid import Grid
 from moeproof.reference.contract.link import Link
 from moeproof.reference.contract.modular import FusedMoEPrepareAndFinalize
 from moeproof.reference.eager.ranks_link import check_size
-from moeproof.reference.eager.ranks_status import agree, withdraw
 from moeproof.reference.eager.slots import check_routing, check_unquantised, weighted_input
 
 Tensor = torch.Tensor
@@ -67,7 +67,7 @@ class RankPrepareAndFinalize(FusedMoEPrepareAndFinalize):
         apply_router_weight_on_input: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Collective: raise on every rank, or return (rows, scales or None) ready to travel, (T, ..) and (T, G)."""
-        flag, slots = apply_router_weight_on_input, topk_ids.size(-1)
+        flag = apply_router_weight_on_input
 
         def ready() -> tuple[Tensor, Tensor | None]:
             self._check_prepare(a1, topk_weights, topk_ids, num_experts, expert_map, flag)
@@ -77,18 +77,20 @@ class RankPrepareAndFinalize(FusedMoEPrepareAndFinalize):
             check_unquantised(a1_scale=a1_scale, a2_scale=a2_scale)
             return rows, None
 
-        facts = {
-            "dtype": str(a1.dtype),
-            "hidden": str(a1.size(-1)),
-            "slots": str(slots),
-            "ids": str(topk_ids.dtype),
-            "weights": str(topk_weights.dtype),
-            "weight on input": str(flag),
-            "placement": str(self.grid),
-            "max tokens": str(self.max_num_tokens),
-            "scheme": getattr(self.quantise, "__name__", "none"),
-            **self.facts(),
-        }
+        def facts() -> dict[str, object]:
+            return {
+                "dtype": a1.dtype,
+                "hidden": a1.size(1),
+                "slots": topk_ids.size(1),
+                "ids": topk_ids.dtype,
+                "weights": topk_weights.dtype,
+                "weight on input": flag,
+                "placement": self.grid,
+                "max tokens": self.max_num_tokens,
+                "scheme": getattr(self.quantise, "__name__", "none"),
+                **self.facts(),
+            }
+
         return self.agreed("prepare", ready, facts)
 
     def _check_prepare(
@@ -108,7 +110,7 @@ class RankPrepareAndFinalize(FusedMoEPrepareAndFinalize):
         self._check_map(num_experts, expert_map)
         check_ids(topk_ids, num_experts)
 
-    def facts(self) -> dict[str, str]:
+    def facts(self) -> dict[str, object]:
         """What else must be the same on all ranks."""
         return {}
 
@@ -128,19 +130,21 @@ class RankPrepareAndFinalize(FusedMoEPrepareAndFinalize):
             f"expert_map is {got}, the placement gives rank {rank} of {grid.ranks} {want.tolist()}; they must be equal",
         )
 
-    def agreed(self, call: str, work: Callable[[], T], facts: Mapping[str, str] | None = None) -> T:
+    def agreed(self, call: str, work: Callable[[], T], facts: Callable[[], Mapping[str, object]] = dict) -> T:
         """Collective: what this rank's own `work` returns, once every rank's has succeeded; else raise on every rank.
 
         All that can fail on one rank alone belongs into `work`: after it the ranks are bound to each other.
         """
         result, error = None, None
+        shared: dict[str, object] = {"call": f"{type(self).__name__}.{call}"}
         try:
             result = work()
+            shared |= facts()
         except Exception as raised:  # whatever it is, the others must hear of it before this rank leaves
             error = raised
         refusal = None if error is None else str(error).strip() or type(error).__name__
         try:
-            agree(self.link, {"call": f"{type(self).__name__}.{call}", **(facts or {})}, refusal)
+            agree(self.link, shared, refusal)
         except ContractError as joint:
             raise error or joint from None
         return result  # type: ignore[return-value]

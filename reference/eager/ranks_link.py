@@ -21,6 +21,11 @@ def poisoned(shape: Sequence[int], like: Tensor) -> Tensor:
     return flat.view(like.dtype).view(*shape)
 
 
+def _either(name: str, before: str) -> Callable[..., Any]:
+    """The collective under its name since torch 2.13, which warns of the one it had before."""
+    return getattr(dist, name, None) or getattr(dist, before)
+
+
 class GroupLink:
     """The ranks of a process group, numbered as the group numbers them. gloo for CPU tensors, gloo or NCCL for CUDA ones."""
 
@@ -32,7 +37,8 @@ class GroupLink:
     def all_gather(self, x: Tensor) -> Tensor:
         out = poisoned((self.size, *x.shape), x)
         if x.numel():
-            dist.all_gather_into_tensor(out.view(-1), x.contiguous().view(-1), group=self.group)
+            gather = _either("all_gather_single", "all_gather_into_tensor")
+            gather(out.view(-1), x.contiguous().view(-1), group=self.group)
         return out
 
     def all_to_all(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Wait:
@@ -49,7 +55,8 @@ class GroupLink:
     def reduce_scatter(self, x: Tensor) -> Tensor:
         out = poisoned(x.shape[1:], x)
         if x.numel():
-            dist.reduce_scatter_tensor(out.view(-1), x.contiguous().view(-1), group=self.group)
+            scatter = _either("reduce_scatter_single", "reduce_scatter_tensor")
+            scatter(out.view(-1), x.contiguous().view(-1), group=self.group)
         return out
 
 

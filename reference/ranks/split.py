@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from moeproof.reference.contract.errors import check
 from moeproof.reference.contract.inputs import Inputs
 from moeproof.reference.contract.problem import Problem
 from moeproof.reference.contract.world import World
@@ -19,6 +20,7 @@ def rank_inputs(world: World, whole: Inputs, rank: int) -> Inputs:
     shards are summed. `w1` keeps the memory order of the problem's storage.
     """
     p, grid = whole.problem, world.grid
+    check(not p.quant.quantised, f"scheme {p.scheme}: scales are not shared out among ranks yet; allowed: none")
     rows = world.rows(rank)
     experts = torch.tensor([grid.logical_of(e) for e in grid.local(rank)], device=whole.device)
     columns = grid.columns(p.I, rank)

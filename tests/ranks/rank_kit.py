@@ -15,12 +15,15 @@ from moeproof.harness.rank_checks import WorldExpectation, judge_world
 from moeproof.harness.rank_pairs import run_rank, support
 from moeproof.harness.registry import find_rank_pairs
 from moeproof.harness.worlds import make_world_inputs, whole_case
-from moeproof.reference.contract import Inputs, Link, RankPair
+from moeproof.reference.contract import FusedMoEModularKernel, Inputs, Link, RankPair
 from moeproof.reference.eager.ranks_link import on_threads
 
 Shown = dict[str, torch.Tensor]
 PAIRS = {pair.name: pair for pair in find_rank_pairs() if pair.backend == "torch"}
+SHOWING = [name for name, pair in PAIRS.items() if pair.kernel is FusedMoEModularKernel]
+"""Pairs whose rows can be seen: those that are called in one piece."""
 every_pair = pytest.mark.parametrize("name", PAIRS)
+every_showing = pytest.mark.parametrize("name", SHOWING)
 every_ranks = pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 SIZES = "T=9,H=20,I=13,E=7,K=3"
 ROUTINGS = {
@@ -32,6 +35,7 @@ ROUTINGS = {
     "empty rank": "routing=uniform,spread=empty",
     "one rank": "routing=minus1,spread=one",
     "uneven": "routing=dup,spread=uneven",
+    "no token anywhere": "T=0",
 }
 """Reasons, and what they add to a line."""
 
