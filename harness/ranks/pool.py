@@ -10,7 +10,6 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -98,11 +97,13 @@ class RankPool:
 
     def _bury(self) -> str:
         """Ranks that died since the last case must not spoil the next one. What happened, in words."""
-        signs = [m.process.sentinel for m in self._members]
-        gone = [m for m in self._members if m.process.sentinel in connection.wait(signs, 0)]
+        # A rank says nothing unasked: what can be read between two cases is the end of its pipe.
+        gone = [m for m in self._members if m.pool.poll() or not m.process.is_alive()]
         if not gone:
             return ""
-        words = "; ".join(f"rank {m.rank} was {how_it_ended(m.process.exitcode)} between two cases" for m in gone)
+        for m in gone:
+            m.process.join(1.0)
+        words = "; ".join(f"rank {m.rank} {how_it_ended(m.process.exitcode)} between two cases" for m in gone)
         self.kill()
         return f"{words}; new ranks were started"
 

@@ -63,8 +63,13 @@ def all_gather(inputs: Inputs, world: World, link: Link) -> AllGatherReduceScatt
     return AllGatherReduceScatter(link, world.grid)
 
 
+def half_on_one(inputs: Inputs, world: World, link: Link) -> Halves:
+    return Halves(link, world.grid)
+
+
 whole = RankPair("whole", all_gather, loop_experts)
-"""Made of functions that can travel."""
+travels = RankPair("travels", half_on_one, loop_experts)
+"""Both are made of functions that can be sent to a rank; the others are made of closures."""
 halves, sleeps, dies, raises = (
     replace(whole, name=kind.__name__.lower(), prepare_finalize=build(kind)) for kind in (Halves, Sleeps, Dies, Raises)
 )

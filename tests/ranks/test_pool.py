@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -110,13 +112,10 @@ def test_gpu_transports_say_what_they_need(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_rank_that_dies_between_two_cases_does_not_spoil_the_next(pool: RankPool) -> None:
-    import os
-    import signal
-
     pool.warm_up()
     os.kill(pool.pids[1], signal.SIGKILL)
     pool._members[1].process.join(10)
     run = pool.run(functions.total, 1.0)
 
     assert run.ok, run
-    assert run.note == "rank 1 was killed by SIGKILL between two cases; new ranks were started"
+    assert run.note == "rank 1 killed by SIGKILL between two cases; new ranks were started"

@@ -131,10 +131,10 @@ def test_a_candidate_for_one_rank_is_refused(monkeypatch: pytest.MonkeyPatch, ca
 CONFTEST = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from rank_candidates import halves, sleeps, whole
+from rank_candidates import halves, travels, whole
 
 def pytest_moeproof_candidates():
-    return [whole, halves]
+    return [whole, halves, travels]
 """
 TEST = """
 def test_kernel(moe_candidate, moe_case, moe_judge):
@@ -146,23 +146,24 @@ def test_kernel(moe_candidate, moe_case, moe_judge):
 def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(p for p in [os.environ.get("PYTHONPATH", "")] if p))
-    pytester.makeconftest(CONFTEST)
     pytester.makepyfile(TEST)
     return pytester
 
 
 def test_plugin_judges_on_ranks(project: pytest.Pytester) -> None:
-    """`halves` is made of a closure, which cannot travel: with simulated ranks it need not."""
-    options = ("--moe-ranks", "2", "--moe-case", LINE, "--moe-backend", "whole", "--moe-backend", "halves", "-q")
-    result = project.runpytest_subprocess(*options, "--moe-transport", "simulated")
+    """One candidate is right, one wrong on rank 1, and one is made of a closure, which cannot be sent to a rank."""
+    project.makeconftest(CONFTEST)
+    chosen = [word for name in ("whole", "travels", "halves") for word in ("--moe-backend", name)]
+    result = project.runpytest_subprocess("--moe-ranks", "2", "--moe-transport", "gloo", "--moe-case", LINE, *chosen, "-q")
 
-    result.assert_outcomes(passed=1, failed=1)
-    result.stdout.fnmatch_lines(["*COMBINE out: wrong value*rank 1*", f'*moeproof replay "{PLACED}" --candidate halves*'])
-
-    result = project.runpytest_subprocess(*options, "--moe-transport", "gloo")
-
-    result.assert_outcomes(passed=1, failed=1)
-    result.stdout.fnmatch_lines(["*cannot be sent to ranks*"])
+    result.assert_outcomes(passed=1, failed=2)
+    result.stdout.fnmatch_lines_random(
+        [
+            "*COMBINE out: wrong value*rank 1*",
+            f'*moeproof replay "{PLACED}" --candidate travels --transport gloo*',
+            "*cannot be sent to ranks*",
+        ]
+    )
 
 
 def test_bad_options_of_the_plugin_are_usage_errors(project: pytest.Pytester) -> None:
