@@ -24,7 +24,7 @@ TRANSPORT_CHOICES = ("auto", *TRANSPORTS)
 
 
 def choose(transport: str, ranks: int) -> str:
-    """`auto` is nccl where there is a GPU for every rank, symm where there is any, and gloo elsewhere."""
+    """`auto` is nccl where there is a GPU for each of the `ranks` of this host, symm where there is any, and gloo elsewhere."""
     known("transport", transport, TRANSPORT_CHOICES)
     if transport != "auto":
         return transport
@@ -106,7 +106,8 @@ def main(
         ranks = ranks or int(os.environ["WORLD_SIZE"])
         check(ranks == int(os.environ["WORLD_SIZE"]), f"--ranks is {ranks}, torchrun started {os.environ['WORLD_SIZE']}")
     placed, left_out = place(work, ranks, strict)
-    transport = choose(transport, max(case.ranks for _, case in placed))
+    here = int(os.environ["LOCAL_WORLD_SIZE"]) if torchrun.launched() else max(case.ranks for _, case in placed)
+    transport = choose(transport, here)
     settle(transport, mode)
     pairs = named(names)
     if torchrun.launched():

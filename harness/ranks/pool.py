@@ -74,15 +74,15 @@ class RankPool:
                 "the function must stand at the top level of an importable module, arguments be plain values or CPU tensors"
             ) from error
         seeds = [rank_seed(seed, rank) for rank in range(self.world_size)]
-        note = self._bury()
-        if not self._members and (failed := self._start(seeds)) is not None:
-            return failed
-        for member in self._members:
-            # All ranks wait for a message: nobody is writing.
-            os.truncate(member.journal, 0)
-            os.truncate(output_file(member.folder, member.rank), 0)
-        started = time.monotonic()
         try:
+            note = self._bury()
+            if not self._members and (failed := self._start(seeds)) is not None:
+                return failed
+            for member in self._members:
+                # All ranks wait for a message: nobody is writing.
+                os.truncate(member.journal, 0)
+                os.truncate(output_file(member.folder, member.rank), 0)
+            started = time.monotonic()
             for member in self._members:
                 with contextlib.suppress(OSError):  # a rank that has just died shows below
                     member.pool.send_bytes(message)

@@ -109,7 +109,9 @@ def _entry(name: str, signature: inspect.Signature, args: Sequence[Any], kwargs:
         return None
     bound.apply_defaults()  # a reduction that one rank leaves out and another spells is the same
     given = bound.arguments
-    group = None if name in ("new_group", "split_group") else _group(given.get("group"))
+    if given.get("use_local_synchronization"):
+        return None  # a new group that only its members know of
+    group = _group(given.get("group", given.get("parent_pg")))
     if group == ():
         return None  # this rank is no member: torch ignores the call
     world = group or dist.group.WORLD

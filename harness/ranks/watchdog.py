@@ -1,7 +1,7 @@
 """Waits for all ranks, never longer than the deadline, and says what became of each.
 
 A run ends when every rank has replied; when one has died or raised and the rest had a moment to show the same; at the
-deadline; or earlier, when nothing moves any more and the journals already prove that the ranks wait for each other for ever.
+deadline; or earlier, when nothing moves any more and the journals already show that the ranks call different collectives.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Watch:
     dead: list[int] = field(default_factory=list)
     """In the order in which it was seen."""
     early: bool = False
-    """Ended before the deadline, because the journals prove that it would never end."""
+    """Ended before the deadline: nothing moved, and the case could not pass any more."""
 
     @property
     def running(self) -> list[Member]:
@@ -141,7 +141,7 @@ def conclude(seen: Watch, started: float, deadline: float, seeds: Sequence[int])
         ending, rank = Ending.HUNG, _suspect(running, stories, differ)
         when = f"no end within the deadline of {deadline:g} s"
         if seen.early:
-            when = f"ended after {seconds:.1f} s of {deadline:g} s, as the ranks can never meet"
+            when = f"ended after {seconds:.1f} s of {deadline:g} s: nothing moves, and the ranks call different collectives"
         headline = when if rank is None else f"{when}; look at rank {rank}{_place(stories[rank])}"
     elif differ:
         ending, rank = Ending.MISMATCH, differ[0].rank
