@@ -35,7 +35,7 @@ class RankPool:
 
     `run` never raises for what happens on a rank and always ends, at the latest about a second after the deadline. After
     a run that leaves the ranks out of step they are killed, with everything they started, and the next run gets new ones:
-    about 0.1 s on a CPU. Ranks also end when this process ends, even by kill -9.
+    0.15 s on a quiet CPU. Ranks also end when this process ends, even by kill -9.
 
     What a user must know:
     - A function and its arguments travel by value to other processes: the function must be importable there (a module's
