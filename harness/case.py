@@ -77,8 +77,8 @@ class Case:
 
     def __str__(self) -> str:
         parts = [str(self.problem)]
-        default = type(self)(self.problem)
-        parts += [f"{f}={getattr(self, f)}" for f in _RECIPES if getattr(self, f) != getattr(default, f)]
+        # Class attributes are the fields' defaults; an instance of defaults only may be refused (K > E).
+        parts += [f"{f}={getattr(self, f)}" for f in _RECIPES if getattr(self, f) != getattr(type(self), f)]
         if self.strided:
             parts.append("strided=1")
         return ",".join([*parts, f"seed={self.seed}"])
