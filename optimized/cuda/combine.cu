@@ -63,7 +63,7 @@ template <typename T, int N> __global__ void __launch_bounds__(THREADS) combine_
 #pragma unroll
         for (int j = 0; j < AHEAD; ++j)
             if (first + j < K && rows[first + j] >= 0)
-                ahead[j] = load<T, N>(y + static_cast<long long>(rows[first + j]) * a.stride_ys, count);
+                ahead[j] = load<T, N>(y + rows[first + j] * a.stride_ys, count);
 #pragma unroll
         for (int j = 0; j < AHEAD; ++j) {
             if (first + j >= K) break;
@@ -97,7 +97,7 @@ template <typename T, int N> __global__ void __launch_bounds__(THREADS) combine_
 template <typename T, int N> cudaError_t launch(const Combine& a, cudaStream_t stream) {
     const int x = pow2_at_least(ceil_div(a.H, N), THREADS);
     // Fewer tokens side by side where their slots would overflow shared memory.
-    const int y = max(1, min(min(THREADS / x, pow2_at_least(a.T, THREADS)), MAX_SLOTS / max(a.slots.K, 1)));
+    const int y = max(1, min(min(THREADS / x, pow2_at_least(a.T, THREADS)), MAX_SLOTS / max(static_cast<int>(a.slots.K), 1)));
     const dim3 grid(static_cast<unsigned>(ceil_div(a.T, y)), static_cast<unsigned>(ceil_div(ceil_div(a.H, N), x)));
     combine_kernel<T, N><<<grid, dim3(x, y), 2 * y * a.slots.K * sizeof(int), stream>>>(a);
     return cudaGetLastError();

@@ -19,6 +19,8 @@ from moeproof.reference.contract.problem import Problem
 
 def unsupported(problem: Problem) -> str | None:
     """Why this product cannot do the problem, or None."""
+    if problem.dtype != "bf16":
+        return f"torch's grouped product is bf16 only on CUDA, not {problem.dtype}"
     return torch_grouped.unsupported(problem)
 
 

@@ -69,20 +69,26 @@ def routing(inputs: Inputs, stages: Stages) -> dict[str, torch.Tensor]:
     return {"topk_ids": ids, "topk_weights": weights}
 
 
+def rows(count: int, width: int, like: torch.Tensor) -> torch.Tensor:
+    """Uninitialised (count, width) whose rows start on 16-byte boundaries, so that any width is moved in whole packs."""
+    step = 16 // like.element_size()
+    return torch.empty_strided((count, width), (-(-width // step) * step, 1), dtype=like.dtype, device=like.device)
+
+
 def run(inputs: Inputs, stages: Stages) -> dict[str, torch.Tensor]:
-    """Every canonical tensor of the layer, as optimized.layer.run returns them.
+    """Every canonical tensor of the layer, as optimized.layer.run returns them; see `rows` for their strides.
 
     Weighing the input and the dense shared expert are no stages of the table: Triton's serve every mix.
     """
     p, x, ids = inputs.problem, inputs.hidden_states, inputs.topk_ids
     slots = Slots(ids, p.weight_experts, inputs.w1.size(0), inputs.expert_map)
     T, K, H = ids.size(0), ids.size(1), x.size(1)
-    gate_up, h, y = (torch.empty(T * K, width, dtype=x.dtype, device=x.device) for width in (p.N, p.I, H))
-    out = x if p.inplace else torch.empty(T, H, dtype=x.dtype, device=x.device)
+    gate_up, h, y = (rows(T * K, width, x) for width in (p.N, p.I, H))
+    out = x if p.inplace else rows(T, H, x)
 
-    rows = weigh_input(x, inputs.topk_weights) if p.weight_on_input else x
+    weighed = weigh_input(x, inputs.topk_weights) if p.weight_on_input else x
     alignment = stages.align(slots, rows_per_block(slots.count, slots.num_experts))
-    stages.gemm1(rows, inputs.w1, gate_up, alignment, K, inputs.b1)
+    stages.gemm1(weighed, inputs.w1, gate_up, alignment, K, inputs.b1)
     stages.act(gate_up, h, p.act, slots=slots)
     stages.gemm2(h, inputs.w2, y, alignment, 1, inputs.b2)
     shared, gate = None, None
