@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 
 from moeproof.optimized import router as triton_router
-from moeproof.optimized.cuda import align, grouped_gemm, router, stages, toolkit
+from moeproof.optimized.cuda import align, grouped_gemm, quantised, router, stages, toolkit
 from moeproof.reference.contract.candidate import Candidate, Claims
 from moeproof.reference.contract.inputs import Inputs
 from moeproof.reference.contract.problem import Problem
@@ -46,7 +46,15 @@ def unsupported(problem: Problem, cuda: tuple[str, ...]) -> str | None:
         return f"the CUDA sort takes at most {align.MOST_EXPERTS} local experts, not {len(p.local)}"
     if "gemm1" in cuda and (reason := grouped_gemm.unsupported(p)):
         return reason
+    return _no_toolkit()
+
+
+def _no_toolkit() -> str | None:
     return toolkit.missing(toolkit.architecture(torch.device("cuda"))) if torch.cuda.is_available() else None
+
+
+def _quantised(problem: Problem) -> str | None:
+    return quantised.unsupported(problem) or _no_toolkit()
 
 
 def _candidate(name: str, cuda: tuple[str, ...]) -> Candidate:
@@ -58,5 +66,12 @@ def _candidate(name: str, cuda: tuple[str, ...]) -> Candidate:
 
 
 def candidates() -> list[Candidate]:
-    """All candidates of this folder."""
-    return [_candidate(name, cuda) for name, cuda in MIXES.items()]
+    """All candidates of this folder: the mixes, and the quantisers inside a plain layer."""
+    quantisers = Candidate(
+        name="cuda-quantisers",
+        run=quantised.run,
+        shows=("xq", "xs", "gate_up", "h", "hq", "hs", "y", "out"),
+        supports=_quantised,
+        backend="cuda",
+    )
+    return [*(_candidate(name, cuda) for name, cuda in MIXES.items()), quantisers]

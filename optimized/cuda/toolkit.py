@@ -24,6 +24,7 @@ STAGES = {
     "rows": "gather and scatter around a grouped product",
     "activation": "ACT",
     "combine": "COMBINE",
+    "quantise": "QUANT1, and ACT with QUANT2",
 }
 """Source files, without `.cu`, and what they do. Each becomes one library."""
 FLAGS = ("-O3", "-std=c++17", "-lineinfo", "--shared", "-Xcompiler=-fPIC")

@@ -255,6 +255,14 @@ template <typename T> T atomicAdd(T* at, T x) {
     return before;
 }
 
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fmaf(a, b, c); }
+inline int __float2int_rn(float x) { return static_cast<int>(std::nearbyint(x)); }
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+
 inline unsigned __float_as_uint(float x) { return from_bits<unsigned>(bits_of(x)); }
 inline float __uint_as_float(unsigned x) { return from_bits<float>(x); }
 
