@@ -5,16 +5,19 @@ Bytes count each element once. A fraction is of what a device copy of 2 GiB reac
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
 from collections.abc import Callable
 
 import torch
 
+from moeproof.optimized.cuda.quantise import activate_quantise, quantise
 from moeproof.optimized.cuda.stages import CUDA, TRITON, Stages
 from moeproof.optimized.slots import Slots
 from moeproof.optimized.tiles import rows_per_block
-from moeproof.reference.contract import Activation, Router
+from moeproof.reference.contract import SCHEMES, Activation, Router
+from moeproof.reference.contract.schemes import Quantiser
 
 SIZES = (1, 16, 64, 256, 1024, 4096, 16384)
 E, K, H, I = 128, 8, 2048, 768  # noqa: E741  (the project's letter)
@@ -75,6 +78,27 @@ def calls(T: int) -> tuple[Callable[[Stages], dict[str, Callable[[], object]]], 
     return of, {"act": 2 * (gate_up.numel() + h.numel()), "combine": 2 * (y.numel() + out.numel()) + 8 * T * K}
 
 
+def quantisers(T: int) -> dict[str, tuple[Callable[[], object], int]]:
+    """(call, bytes it must move) of QUANT1 on (T, H), and of ACT with QUANT2 on (T * K, 2 I)."""
+    x = torch.randn(T, H, device="cuda").to(torch.bfloat16)
+    gate_up = torch.randn(T * K, 2 * I, device="cuda").to(torch.bfloat16)
+    found: dict[str, tuple[Callable[[], object], int]] = {}
+    for name in ("fp8_token", "fp8_block", "int8_token", "mxfp8", "mxfp4_w4a4"):
+        q = SCHEMES[name].a1
+        assert q is not None
+
+        def size(rows: int, columns: int, q: Quantiser = q) -> int:
+            """Bytes of codes and scales."""
+            scale = 1 if q.scale == "e8m0" else 4
+            return rows * (columns // q.format.per_byte + scale * q.groups(columns))
+
+        call = functools.partial(quantise, x, q)
+        found[f"quantise {name}"] = call, 2 * x.numel() + size(T, H)
+        fused = functools.partial(activate_quantise, gate_up, Activation(), q)
+        found[f"act + quantise {name}"] = fused, 2 * gate_up.numel() + size(T * K, I)
+    return found
+
+
 def timings(bandwidth: float) -> list[dict[str, object]]:
     """A row for each stage and size."""
     rows: list[dict[str, object]] = []
@@ -92,6 +116,12 @@ def timings(bandwidth: float) -> list[dict[str, object]]:
             if stage in moved:
                 row["fraction_of_copy"] = round(moved[stage] / us * 1e6 / bandwidth, 3)
             rows.append(row)
+        if T not in (16, 1024, 16384):
+            continue
+        for name, (call, size) in quantisers(T).items():
+            us = graph_us(call)
+            fraction = round(size / us * 1e6 / bandwidth, 3)
+            rows.append({"stage": name, "M": T, "us": round(us, 2), "fraction_of_copy": fraction})
     return rows
 
 

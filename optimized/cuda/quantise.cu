@@ -35,13 +35,15 @@ struct Quantise {
 struct Divisor {
     float b, reciprocal;
     bool usual;
-    __device__ explicit Divisor(float b) : b(b), reciprocal(__fdiv_rn(1.0f, b)), usual(b > 0x1p-60f && b < 0x1p60f) {}
+
     __device__ float divides(float a) const {
         if (!usual) return __fdiv_rn(a, b);
         const float q = __fmul_rn(a, reciprocal);
         return __fmaf_rn(__fmaf_rn(-q, b, a), reciprocal, q);
     }
 };
+
+__device__ inline Divisor divisor_of(float b) { return {b, __fdiv_rn(1.0f, b), b > 0x1p-60f && b < 0x1p60f}; }
 
 __device__ inline float two_to(int e) { return __uint_as_float(e > -127 ? static_cast<unsigned>(e + 127) << 23 : 0x00400000u); }
 
@@ -118,12 +120,12 @@ __device__ inline Scale make_scale(const Quantise& a, unsigned group, int lane, 
     if (a.rule >= OCP_FLOOR) {
         const int e = scale_exponent(a, amax);
         if (lane == 0) a.exponents[group] = static_cast<uint8_t>(e + 127);
-        return {Divisor(1.0f), two_to(-e), false};  // exact: a power of two
+        return {divisor_of(1.0f), two_to(-e), false};  // exact: a power of two
     }
     const float floored = fmaxf(amax, a.floor);
     const float s = a.rule == STATIC ? *a.given : __fdiv_rn(floored, a.top);
     if (lane == 0 && a.rule != STATIC) a.scales[group] = s;
-    const Divisor divisor(s);
+    const Divisor divisor = divisor_of(s);
     return {divisor, a.quotient == INVERSE ? __fdiv_rn(a.top, floored) : divisor.reciprocal, a.quotient == DIVIDE};
 }
 

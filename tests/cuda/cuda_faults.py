@@ -12,6 +12,7 @@ from pathlib import Path
 from moeproof.optimized.cuda import toolkit
 
 PLAIN = "T=17,H=50,I=50,E=60,K=6,seed=1"
+QUANT = "T=9,H=160,I=96,E=5,K=2"
 WIDE = "wide"
 """Instead of a case: cuda_strides.py, whose tensors need offsets of more than 32 bits."""
 
@@ -29,7 +30,9 @@ class Fault:
     @property
     def stage(self) -> str:
         """The library that is changed."""
-        return {"slots.cuh": "align", "scan.cuh": "align"}.get(self.file, self.file.removesuffix(".cu"))
+        return {"slots.cuh": "align", "scan.cuh": "align", "encode.cuh": "quantise"}.get(
+            self.file, self.file.removesuffix(".cu")
+        )
 
 
 FAULTS = (
@@ -191,6 +194,70 @@ FAULTS = (
     ),
     Fault(
         "rows.int32_offset", "rows.cu", "+ from * a.stride_sr", "+ static_cast<int>(from * a.stride_sr)", WIDE, "P40", "cuda"
+    ),
+    # QUANT1 and QUANT2
+    Fault(
+        "quantise.e8m0_rounding",
+        "quantise.cu",
+        "& 0x7fffffu) > a.top_bits) ++e;",
+        "& 0x7fffffu) >= a.top_bits) ++e;",
+        f"{QUANT},scheme=mxfp8_up,values=pin",
+        "P13",
+        "cuda-quantisers",
+    ),
+    Fault(
+        "quantise.group_tail",
+        "quantise.cu",
+        "const int last = min(first + a.group, a.C), stride",
+        "const int last = first + a.group, stride",
+        f"{QUANT},scheme=fp8_block",
+        "P38",
+        "cuda-quantisers",
+    ),
+    Fault(
+        "quantise.scale_shift",
+        "quantise.cu",
+        "a.scales[group] = s;",
+        "a.scales[group ^ 1] = s;",
+        f"{QUANT},scheme=fp8_block,values=hetero",
+        "P58",
+        "cuda-quantisers",
+    ),
+    Fault(
+        "quantise.past_end",
+        "quantise.cu",
+        "if (j * PER_BYTE < count) to[j]",
+        "if (j < N) to[j]",
+        "T=9,H=50,I=50,E=5,K=2,scheme=fp8_token",
+        "P39",
+        "cuda-quantisers",
+    ),
+    Fault(
+        "quantise.ties_away",
+        "encode.cuh",
+        "(magnitude + (1u << (DROP - 1)) - 1 + (magnitude >> DROP & 1)) >> DROP",
+        "(magnitude + (1u << (DROP - 1))) >> DROP",
+        f"{QUANT},scheme=mxfp4_w4a4",
+        "P13",
+        "cuda-quantisers",
+    ),
+    Fault(
+        "quantise.reciprocal",
+        "quantise.cu",
+        "scale.divide ? scale.divisor.divides(value) :",
+        "scale.divide ? __fmul_rn(value, scale.divisor.reciprocal) :",
+        "T=65,H=1152,I=48,E=5,K=1,scheme=fp8_token",
+        "P13",
+        "cuda-quantisers",
+    ),
+    Fault(
+        "quantise.int32_offset",
+        "quantise.cu",
+        "static_cast<const T*>(act.x) + row * act.stride_xr;",
+        "static_cast<const T*>(act.x) + static_cast<int>(row * act.stride_xr);",
+        WIDE,
+        "P40",
+        "cuda-quantisers",
     ),
     # ROUTE
     Fault(

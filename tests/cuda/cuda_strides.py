@@ -15,9 +15,10 @@ from moeproof.optimized.cuda.activation import activate
 from moeproof.optimized.cuda.align import align
 from moeproof.optimized.cuda.combine import combine
 from moeproof.optimized.cuda.grouped_gemm import gather
+from moeproof.optimized.cuda.quantise import quantise
 from moeproof.optimized.cuda.router import route
 from moeproof.optimized.slots import Slots
-from moeproof.reference.contract import Activation, Router
+from moeproof.reference.contract import SCHEMES, Activation, Router
 
 Tensor = torch.Tensor
 ROWS, GAP = 3, 2**30 + 8
@@ -59,6 +60,8 @@ def checks(device: str) -> dict[str, Callable[[], bool]]:
     x = torch.arange(1, 25, device=device).view(3, 8).to(torch.bfloat16)
     ids = torch.tensor([[0], [1], [2]], dtype=torch.int32, device=device)
     weights = torch.ones(3, 1, device=device)
+    rows = SCHEMES["fp8_token"].a1
+    assert rows is not None
 
     def same(near: Callable[[Tensor], Tensor], given: Tensor) -> bool:
         return torch.equal(near(given), near(far_apart(given)))
@@ -68,5 +71,6 @@ def checks(device: str) -> dict[str, Callable[[], bool]]:
         "activation": lambda: same(_activate, x),
         "align": lambda: same(_align, ids),
         "rows": lambda: same(lambda y: _gather(y, align(Slots(ids, 3, 3), 4)), x),
+        "quantise": lambda: same(lambda v: quantise(v, rows)[1], x),
         "router": lambda: same(lambda logits: route(logits, Router(), 2)[1], x.float()),
     }

@@ -13,7 +13,8 @@ from moeproof.optimized.cuda import stages
 from moeproof.reference.contract import Problem
 
 PLAIN = "T=4,H=16,I=8,E=4,K=2"
-ALL = {"cuda", "cuda-triton-gemm", "triton-cuda-gemm"}
+MIXES = set(cuda.MIXES)
+QUANTISERS = "cuda-quantisers"
 
 
 def problem(line: str) -> Problem:
@@ -23,7 +24,7 @@ def problem(line: str) -> Problem:
 @pytest.mark.parametrize(
     ("line", "supporters", "reason"),
     [
-        (PLAIN, ALL, ""),
+        (PLAIN, MIXES, ""),
         (f"{PLAIN},dtype=fp16", {"cuda-triton-gemm"}, "bf16 only"),
         (f"{PLAIN},expert_bias=1", {"cuda-triton-gemm"}, "adds no bias"),
         ("T=4,H=16,I=7,E=4,K=2", {"cuda-triton-gemm"}, "rows of whole 16 bytes"),
@@ -32,6 +33,11 @@ def problem(line: str) -> Problem:
         (f"{PLAIN},layout=batched,capacity=4", set(), "standard layout"),
         (f"{PLAIN},latent=8", set(), "latent"),
         (f"{PLAIN},ep=2,shared=8", set(), "ep > 1"),
+        (f"{PLAIN},scheme=fp8_block", {QUANTISERS}, "quantised experts are not implemented"),
+        ("T=4,H=128,I=128,E=4,K=2,scheme=int4_w4a8", {QUANTISERS}, ""),
+        (f"{PLAIN},scheme=fp8_tensor", set(), "no amax over a whole tensor"),
+        (f"{PLAIN},scheme=fp8_w8a16", set(), "quantises no activations"),
+        ("T=4,H=32,I=32,E=4,K=2,scheme=nvfp4", set(), "does not know e2m1 by rule two_level_decode"),
     ],
 )
 def test_support_is_declared(line: str, supporters: set[str], reason: str) -> None:
@@ -58,8 +64,8 @@ def test_a_mix_takes_each_stage_from_its_backend() -> None:
 
 
 def test_names_are_new() -> None:
-    assert not ALL & {c.name for c in triton.candidates()}
-    assert {c.name for c in cuda.candidates()} == ALL
+    assert not {c.name for c in cuda.candidates()} & {c.name for c in triton.candidates()}
+    assert {c.name for c in cuda.candidates()} == MIXES | {QUANTISERS}
     assert all(c.backend == "cuda" for c in cuda.candidates())
 
 

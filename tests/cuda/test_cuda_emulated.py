@@ -33,6 +33,13 @@ CASES = [
     "T=5,H=24,I=16,E=6,K=2,router=sparsemixer,logits=ties,act=relu2_no_mul,seed=8",
     "T=5,H=24,I=16,E=40,K=3,router=sqrtsoftplus:renorm=lp/2:fused_shared=1,act=gelu_tanh,seed=9",
     "T=0,H=32,I=16,E=4,K=2",
+    "T=9,H=160,I=96,E=5,K=2,scheme=fp8_token,values=hetero,routing=minus1",
+    "T=9,H=160,I=96,E=5,K=2,scheme=fp8_block,values=pin,strided=1",
+    "T=9,H=160,I=96,E=5,K=2,scheme=int8_token,values=hetero,dtype=fp16",
+    "T=9,H=160,I=96,E=5,K=2,scheme=mxfp8_up,values=pin,dtype=fp32",
+    "T=9,H=160,I=96,E=5,K=2,scheme=mxfp4_w4a4,act=swigluoai",
+    "T=9,H=160,I=96,E=5,K=2,scheme=mxfp6_e3m2,act=relu2_no_mul",
+    "T=9,H=50,I=50,E=5,K=2,scheme=fp8_tensor_static,act=swigluoai",
 ]
 SAMPLE = (
     "combine.past_end",
@@ -42,6 +49,8 @@ SAMPLE = (
     "align.minus_one_wraps",
     "rows.padding_scattered",
     "combine.int32_offset",
+    "quantise.group_tail",
+    "quantise.reciprocal",
 )
 """Of FAULTS; the others are planted on a GPU by ci/cuda_check.py."""
 

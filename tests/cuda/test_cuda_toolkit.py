@@ -154,6 +154,7 @@ def test_signatures_are_read_from_the_sources() -> None:
         "moeproof_ends",
         "moeproof_activate",
         "moeproof_combine",
+        "moeproof_quantise",
     }
     assert list(combine)[:4] == ["dtype", "y", "weights", "rows"]
     assert list(combine)[-3:] == ["num_local", "K", "stream"]  # the slots' parameters are spelled out
