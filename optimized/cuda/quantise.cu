@@ -39,7 +39,8 @@ struct Divisor {
     __device__ float divides(float a) const {
         if (!usual) return __fdiv_rn(a, b);
         const float q = __fmul_rn(a, reciprocal);
-        return __fmaf_rn(__fmaf_rn(-q, b, a), reciprocal, q);
+        // The sign is a's: the sum of a zero quotient and a zero remainder would lose it.
+        return copysignf(__fmaf_rn(__fmaf_rn(-q, b, a), reciprocal, q), a);
     }
 };
 

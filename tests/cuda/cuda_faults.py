@@ -11,7 +11,7 @@ from pathlib import Path
 
 from moeproof.optimized.cuda import toolkit
 
-PLAIN = "T=17,H=50,I=50,E=60,K=6,seed=1"
+PLAIN = "T=9,H=50,I=50,E=40,K=4,seed=1"
 QUANT = "T=9,H=160,I=96,E=5,K=2"
 WIDE = "wide"
 """Instead of a case: cuda_strides.py, whose tensors need offsets of more than 32 bits."""
@@ -30,7 +30,7 @@ class Fault:
     @property
     def stage(self) -> str:
         """The library that is changed."""
-        return {"slots.cuh": "align", "scan.cuh": "align", "encode.cuh": "quantise"}.get(
+        return {"slots.cuh": "align", "scan.cuh": "align", "encode.cuh": "quantise", "activation.cuh": "activation"}.get(
             self.file, self.file.removesuffix(".cu")
         )
 
@@ -88,7 +88,7 @@ FAULTS = (
     ),
     Fault(
         "act.clamp_two_sided",
-        "activation.cu",
+        "activation.cuh",
         "g = at_most(g, a.limit);  // from above only",
         "g = within(g, a.limit);",
         f"{PLAIN},act=silu:limit=1",
@@ -96,13 +96,13 @@ FAULTS = (
     ),
     Fault(
         "act.interleave_mismatch",
-        "activation.cu",
+        "activation.cuh",
         "} else if (!a.interleaved) {",
         "} else if (true) {",
         "T=17,H=50,I=48,E=60,K=6,act=swigluoai",
         "P52",
     ),
-    Fault("act.int32_offset", "activation.cu", "+ row * a.stride_xr;", "+ static_cast<int>(row * a.stride_xr);", WIDE, "P40"),
+    Fault("act.int32_offset", "activation.cuh", "+ row * a.stride_xr;", "+ static_cast<int>(row * a.stride_xr);", WIDE, "P40"),
     # PERMUTE
     Fault(
         "align.scan_width",
