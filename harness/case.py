@@ -7,7 +7,7 @@ The line is test id, reproducer, golden key and CI row at once. Only what differ
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from moeproof.reference.contract.errors import check, known
 from moeproof.reference.contract.problem import PROBLEM_KEYS, Problem
@@ -67,8 +67,7 @@ class Case:
 
     def __str__(self) -> str:
         parts = [str(self.problem)]
-        default = type(self)(self.problem)
-        parts += [f"{f}={getattr(self, f)}" for f in _RECIPES if getattr(self, f) != getattr(default, f)]
+        parts += [f"{f}={getattr(self, f)}" for f in _RECIPES if getattr(self, f) != _DEFAULTS[f]]
         if self.strided:
             parts.append("strided=1")
         return ",".join([*parts, f"seed={self.seed}"])
@@ -76,6 +75,9 @@ class Case:
     def with_problem(self, **changes: object) -> Case:
         """The same case with some fields of its problem changed."""
         return replace(self, problem=replace(self.problem, **changes))  # type: ignore[arg-type]
+
+
+_DEFAULTS = {f.name: f.default for f in fields(Case)}
 
 
 def parse_case(line: str) -> Case:

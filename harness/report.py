@@ -97,7 +97,8 @@ def verify(verdicts: Sequence[Verdict], work: Sequence[tuple[str, Case]], json: 
     labels = {str(case): label or str(case) for label, case in work}
     names = list(dict.fromkeys(v.candidate for v in verdicts))
     table = Table(title=f"moeproof verify, {time.strftime('%Y-%m-%d %H:%M')}", caption=_caption(verdicts))
-    table.add_column("model" if any(label for label, _ in work) else "case", overflow="fold")
+    models = any(label for label, _ in work)
+    table.add_column("model" if models else "case", overflow="fold", no_wrap=models)
     for name in names:
         table.add_column(name, justify="center")
     rows: dict[str, dict[str, list[Verdict]]] = {}

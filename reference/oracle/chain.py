@@ -17,7 +17,7 @@ from moeproof.reference.contract.inputs import Inputs
 from moeproof.reference.contract.problem import Problem
 from moeproof.reference.contract.schemes import Format
 from moeproof.reference.oracle import activations
-from moeproof.reference.oracle.bounds import U32, combine_error
+from moeproof.reference.oracle.bounds import U32, accumulator, combine_error
 from moeproof.reference.oracle.combine import routed_sum, slot_weights
 from moeproof.reference.oracle.experts import by_expert, gemm1_exact, gemm2_exact, live_slots, local_ids
 from moeproof.reference.oracle.rounding import ulp
@@ -128,7 +128,7 @@ def project(x_TA: Tensor, w_BA: Tensor, fmt: Format) -> Spread:
     """A dense projection (T, A) -> (T, B) whose result may have been stored in `fmt`."""
     x, w = x_TA.double(), w_BA.double()
     y = x @ w.T
-    error = (1.5 * x.shape[1] / 16 + 8) * U32 * (x.abs() @ w.abs().T)
+    error = accumulator(x.shape[1], fmt, Claims()) * (x.abs() @ w.abs().T)
     return _spread(y, error, fmt)
 
 
