@@ -17,6 +17,8 @@ VALUES = {
     "hetero": "normal, with magnitudes spread over 9 binades per token, channel and expert",
     "int": "small integers: every sum of GEMM1 is exact in float32, whatever its order",
     "sat": "saturated gate: gates are multiples of 128, so that silu and gelu are exact too, end to end",
+    "groups": "normal, with magnitudes spread over 9 binades per token, channel, expert and group of 16 columns",
+    "pin": "exact probe of a quantised scheme: every scale is a power of two, amax at the format's maximum, sums exact",
 }
 ROUTINGS = {
     "uniform": "K distinct experts per token, all equally likely",
@@ -53,10 +55,16 @@ class Case:
         for field, table in _RECIPES.items():
             known(field, getattr(self, field), table)
         check(isinstance(self.seed, int) and 0 <= self.seed < 2**63, f"seed={self.seed} must be an int in [0, 2^63)")
-        if self.values == "sat":
+        if self.values in ("sat", "pin"):
             act = self.problem.act
             exact = act.name in ("silu", "gelu", "gelu_tanh", "silu_no_mul", "gelu_no_mul", "relu_no_mul", "gelu_tanh_no_mul")
-            check(exact and not act.limit, f"values=sat needs an activation that saturates exactly; '{act}' does not")
+            check(exact and not act.limit, f"values={self.values} needs an activation that saturates exactly; '{act}' does not")
+        if self.values == "pin":
+            p = self.problem
+            check(p.quant.quantised, "values=pin pins scales: it needs a quantised scheme")
+            check(p.dtype != "fp16", "values=pin leaves fp16's range: use bf16 or fp32")
+            check(min(p.H, p.I) >= 16, f"values=pin needs 16 columns, H={p.H} and I={p.I}")
+            check(not p.weight_on_input, "values=pin pins x itself: the weight cannot be on the input")
         if self.problem.routed_ids < self.problem.K:
             repeats = ("dup", "none", "router")
             check(

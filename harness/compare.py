@@ -83,6 +83,47 @@ def _finding(name: str, got: Tensor, want: Value, bad: Tensor, total: int, exper
     )
 
 
+def compare_bits(
+    name: str, got: Tensor, want: Tensor, relevant: Tensor | None = None, experts: Tensor | None = None
+) -> Comparison:
+    """Judge stored codes or scales bit for bit, one element per code. `relevant` bool (of want's shape, or broadcastable).
+
+    Both uint8 codes, or of one floating dtype. Codes are compared, not what they decode to: -0 is not +0.
+    """
+    a, b = (_integer_view(t) for t in (got, want))
+    bad = a != b
+    if relevant is not None:
+        bad, total = bad & relevant, int(relevant.expand_as(bad).sum())
+    else:
+        total = bad.numel()
+    if not bool(bad.any()):
+        return Comparison((), total, 0.0)
+    where = [int(i) for i in bad.nonzero()[0]]
+    token, slot = where[0], where[1] if bad.dim() == 3 else None
+    at = tuple(where)
+    finding = Finding(
+        stage=TENSORS[name],
+        tensor=name,
+        message="other bits" if got.is_floating_point() else "other code",
+        token=token,
+        slot=slot,
+        expert=None if experts is None or slot is None or experts.shape != bad.shape[:2] else int(experts[token, slot]),
+        column=where[-1],
+        got=float(got[at]),
+        want=float(want[at]),
+        allowed=0.0,
+        bad=int(bad.sum()),
+        total=total,
+        pattern=describe(bad, experts if experts is not None and experts.shape == bad.shape[:2] else None),
+    )
+    return Comparison((finding,), total, 0.0)
+
+
+def _integer_view(t: Tensor) -> Tensor:
+    """The same bits as integers, so that NaN equals itself."""
+    return t.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
+
+
 def null_kernels(value: Tensor) -> dict[str, Tensor]:
     """Grossly wrong results that any useful rule must reject, made from the right one (docs/tolerances.md)."""
     alternate = 1.0 - 2.0 * (torch.arange(value.shape[-1], device=value.device) % 2)

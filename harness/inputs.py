@@ -10,6 +10,7 @@ import torch
 from moeproof.harness import routing
 from moeproof.harness.case import Case
 from moeproof.harness.generator import Stream
+from moeproof.harness.quant_inputs import quantise_weights, static_scales
 from moeproof.harness.recipes import RECIPES, MakeW
 from moeproof.reference.contract.inputs import Inputs
 from moeproof.reference.contract.placement import expert_map
@@ -29,12 +30,15 @@ def make_inputs(case: Case, device: torch.device | str = "cpu") -> Inputs:
     def stream(name: str) -> Stream:
         return Stream(case.seed, name, device)
 
-    def weights(name: str, rows: int, cols: int, make: MakeW) -> Tensor:
+    def weights(name: str, rows: int, cols: int, make: MakeW) -> dict[str, Tensor]:
         out = torch.empty(len(p.local), rows, cols, dtype=p.fmt.dtype, device=device)
         for local, expert in enumerate(p.local):
             # One stream per expert: rank r of an expert-parallel world holds the same bytes as a single rank.
             out[local] = _cast(make(p, stream(f"{name}/{expert}"), rows, cols), p)
-        return _stored(out, p)
+        if not p.quant.quantised:
+            return {name: _stored(out, p)}
+        new = quantise_weights(out.double(), name, p)
+        return new | {name: _stored(new[name], p)}
 
     ids = weights_TK = None
     if case.routing != "router":
@@ -45,11 +49,12 @@ def make_inputs(case: Case, device: torch.device | str = "cpu") -> Inputs:
         hidden_states=_cast(make_x(p, stream("x")), p),
         topk_ids=torch.zeros(p.T, p.slots, dtype=torch.int32, device=device) if ids is None else ids,
         topk_weights=torch.zeros(p.T, p.slots, device=device) if weights_TK is None else weights_TK,
-        w1=weights("w1", p.N, p.hidden, make_w1),
-        w2=weights("w2", p.hidden, p.I, make_w2),
+        **weights("w1", p.N, p.hidden, make_w1),
+        **weights("w2", p.hidden, p.I, make_w2),
         expert_map=None if mapping is None else mapping.to(device),
         logits=routing.logits(p, case.logits, stream("logits")),
         **_extras(case, stream),
+        **static_scales(p, case.values, stream, device),
     )
     if case.routing == "router":
         choice = route(inputs)
@@ -74,12 +79,12 @@ def _extras(case: Case, draw: Callable[[str], Stream]) -> dict[str, Tensor]:
     make_w1, make_w2 = RECIPES[case.values][1:]
     if p.expert_bias:
         # Large against the products, and in every expert another: a bias counted K times or unweighted must show.
-        exact = case.values in ("int", "sat")
+        exact = case.values in ("int", "sat", "pin")
         for name, cols in (("b1", p.N), ("b2", p.hidden)):
             every = draw(name).integers(-2, 3, p.weight_experts, cols).double()
             if not exact:
                 every = draw(name).normal(p.weight_experts, cols)
-            if case.values == "sat":
+            if case.values in ("sat", "pin"):
                 every = every * 0  # a bias on the gate would leave the multiples of 128
             new[name] = _cast(every, p)[p.local].contiguous()
     if r.bias:
@@ -112,7 +117,9 @@ def _strided(inputs: Inputs) -> Inputs:
     for name, t in inputs.tensors():
         if name in ("w1", "w2") and inputs.problem.storage == "KN":
             continue
-        gap = 8 if t.dim() > 1 and t.is_floating_point() else 0
+        # Codes and scales are matrices, whatever bytes they are kept in.
+        matrix = t.is_floating_point() or name.startswith(("w1", "w2"))
+        gap = 8 if t.dim() > 1 and matrix else 0
         step = 1 if gap else 2
         wide = torch.full((*t.shape[:-1], (t.shape[-1] + gap) * step), _poison(t), dtype=t.dtype, device=t.device)
         view = wide[..., : t.shape[-1] * step : step]

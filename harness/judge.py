@@ -16,6 +16,7 @@ from moeproof.harness.expect import Expectation, judge_shown, shapes
 from moeproof.harness.inputs import make_inputs
 from moeproof.harness.memory import PATTERNS, Guarded, Poison, guard_inputs
 from moeproof.harness.pairs import as_candidate
+from moeproof.harness.quant_expect import code_dtypes
 from moeproof.harness.verdict import Finding, Outcome, Verdict
 from moeproof.reference.contract.candidate import Candidate, Claims
 from moeproof.reference.contract.errors import ContractError
@@ -176,6 +177,9 @@ def _wrong_dtype(name: str, t: Tensor, given: Inputs) -> str | None:
     if name in ("topk_ids", "expert_num_tokens", "sorted_slots", "block_expert", "num_padded"):
         integer = not t.dtype.is_floating_point and not t.dtype.is_complex and t.dtype != torch.bool
         return None if integer else f"is {t.dtype}, must be an integer dtype"
+    exact = code_dtypes(given) if given.problem.quant.quantised else {}
+    if name in exact:
+        return None if t.dtype == exact[name] else f"is {t.dtype}, must be {exact[name]}"
     allowed = {"out": (own,), "topk_weights": (torch.float32,), "rows": (own,)}.get(name, (own, torch.float32))
     names = " or ".join(str(d) for d in dict.fromkeys(allowed))
     return None if t.dtype in allowed else f"is {t.dtype}, must be {names}"
@@ -210,11 +214,11 @@ def _differences(runs: list[Run], inputs: Inputs) -> list[str]:
 
 def _same_bits(name: str, a: Tensor, b: Tensor, inputs: Inputs) -> bool:
     """Rows that do not exist (dead slots, padding) may hold anything."""
-    if name in ("rows", "sorted_slots", "block_expert"):
+    if name in ("rows", "row_scales", "sorted_slots", "block_expert"):
         return True  # only parts of these exist; they are judged as invariants
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    if name in ("gate_up", "h", "y"):
+    if name in ("gate_up", "h", "y", "hq") or (name == "hs" and a.shape[:2] == inputs.topk_ids.shape and a.dim() == 3):
         live = live_slots(inputs)
         a, b = a[live], b[live]
     return bool(torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)))

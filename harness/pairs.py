@@ -8,25 +8,27 @@ from typing import Any
 import torch
 
 from moeproof.harness.invariants import find_rows
+from moeproof.harness.quant_expect import dispatched, wrong_row_scales
 from moeproof.reference.contract.candidate import Candidate, Pair
 from moeproof.reference.contract.errors import ContractError
 from moeproof.reference.contract.inputs import Inputs
 from moeproof.reference.contract.modular import FusedMoEModularKernel
 from moeproof.reference.contract.problem import Problem
-from moeproof.reference.oracle.experts import input_rows, local_ids
+from moeproof.reference.oracle.experts import local_ids
 
 Tensor = torch.Tensor
+QUANT_ARGUMENTS = ("w1_scale", "w2_scale", "w1_zp", "w2_zp", "a1_scale", "a2_scale")
 
 
 class _Tap:
     """Forwards everything to the real object, and remembers what its methods were given and returned."""
 
     def __init__(self, inner: object, watch: tuple[str, ...]) -> None:
-        self._inner, self._watch = inner, watch
+        self.inner, self._watch = inner, watch
         self.calls: dict[str, tuple[tuple[Any, ...], Any]] = {}
 
     def __getattr__(self, name: str) -> Any:
-        value = getattr(self._inner, name)
+        value = getattr(self.inner, name)
         if name not in self._watch:
             return value
 
@@ -64,6 +66,7 @@ def run_pair(pair: Pair, inputs: Inputs) -> Mapping[str, Tensor]:
         activation=str(p.act),
         global_num_experts=p.weight_experts,
         expert_map=inputs.expert_map,
+        **{name: getattr(inputs, name) for name in QUANT_ARGUMENTS},
         apply_router_weight_on_input=p.weight_on_input,
     )
     shown: dict[str, Tensor] = {"out": out}
@@ -76,6 +79,11 @@ def run_pair(pair: Pair, inputs: Inputs) -> Mapping[str, Tensor]:
         if pair.slots_in_workspace2:
             workspace2 = arguments[14]
             shown["h"] = workspace2[: p.T * p.slots * p.I].view(p.T, p.slots, p.I)
+        if p.quant.a1 is not None:
+            xq, xs = prepare_finalize.calls["prepare"][1][:2]
+            shown |= {"xq": xq, "xs": xs}
+        if pair.taps is not None:
+            shown |= pair.taps(experts.inner)  # type: ignore[arg-type]
     else:
         shown |= _batched(prepare_finalize.calls["prepare"][1], y, inputs)
     return shown
@@ -85,10 +93,16 @@ def _batched(prepared: tuple[Any, ...], y: Tensor, inputs: Inputs) -> dict[str, 
     """rows and counts as dispatched, and y brought to canonical coordinates through the rows' own bytes."""
     rows, counts = prepared[0], prepared[2]
     shown: dict[str, Tensor] = {"rows": rows, "expert_num_tokens": counts}
+    if inputs.problem.quant.a1 is not None and isinstance(prepared[1], Tensor):
+        shown["row_scales"] = prepared[1]
     e = inputs.w1.shape[0]
     if counts.shape != (e,) or rows.dim() != 3 or rows.shape[0] != e or y.shape[:2] != rows.shape[:2]:
         return shown
-    index, _ = find_rows(rows, counts, inputs, input_rows(inputs, inputs.hidden_states).to(rows.dtype))
+    row_scales = shown.get("row_scales")
+    if wrong_row_scales(rows, row_scales, inputs):
+        return shown
+    own, want = dispatched(rows, row_scales, inputs)
+    index, _ = find_rows(own, counts, inputs, want)
     if bool(((index < 0) & (local_ids(inputs) >= 0)).any()):
         return shown
     flat = y.reshape(-1, y.shape[-1])

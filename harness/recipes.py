@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 
 from moeproof.harness.generator import Stream
+from moeproof.harness.pinned import pinned_w1, pinned_w2, pinned_x
 from moeproof.reference.contract.problem import Problem
 
 Tensor = torch.Tensor
@@ -61,6 +62,28 @@ def hetero_w1(p: Problem, s: Stream, rows: int, cols: int) -> Tensor:
 
 def hetero_w2(p: Problem, s: Stream, rows: int, cols: int) -> Tensor:
     return normal_w2(p, s, rows, cols) * _spread(s, rows, -5, 3)[:, None] * _spread(s, 1, -3, 1)
+
+
+GROUP = 16
+"""Columns that share a factor in the recipe `groups`: the smallest scale group of any scheme."""
+
+
+def _group_factors(cols: int, device: torch.device) -> Tensor:
+    """(cols,): a power of two from 2^-4 to 2^4 for every 16 columns, neighbours apart, with a root mean square of 1."""
+    factor = 2.0 ** ((torch.arange(cols, device=device) // GROUP * 5 % 9) - 4).double()
+    return factor / factor.square().mean().sqrt()
+
+
+def groups_x(p: Problem, s: Stream) -> Tensor:
+    return normal_x(p, s) * _spread(s, p.T, -4, 4)[:, None] * _group_factors(p.H, s.device)
+
+
+def groups_w1(p: Problem, s: Stream, rows: int, cols: int) -> Tensor:
+    return normal_w1(p, s, rows, cols) * _spread(s, rows, -5, 3)[:, None] * _group_factors(cols, s.device).flip(0)
+
+
+def groups_w2(p: Problem, s: Stream, rows: int, cols: int) -> Tensor:
+    return hetero_w2(p, s, rows, cols) * _group_factors(cols, s.device)
 
 
 def int_x(p: Problem, s: Stream) -> Tensor:
@@ -113,4 +136,6 @@ RECIPES: dict[str, tuple[MakeX, MakeW, MakeW]] = {
     "hetero": (hetero_x, hetero_w1, hetero_w2),
     "int": (int_x, int_w, int_w),
     "sat": (sat_x, sat_w1, sat_w2),
+    "groups": (groups_x, groups_w1, groups_w2),
+    "pin": (pinned_x, pinned_w1, pinned_w2),
 }

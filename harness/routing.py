@@ -99,7 +99,7 @@ def make(p: Problem, routing: str, values: str, s: Stream) -> tuple[Tensor, Tens
     Weights of slots that are not routed are NaN: they must not matter.
     """
     ids = IDS[routing](p, s)
-    weights = exact_weights(p, s) if values in ("int", "sat") else slot_weights(p, s)
+    weights = exact_weights(p, s) if values in ("int", "sat", "pin") else slot_weights(p, s)
     if p.router.fused_shared:
         extra = torch.arange(p.E, p.weight_experts, device=s.device).expand(p.T, -1)
         ids = torch.cat([ids, extra], dim=1)

@@ -3,6 +3,7 @@
 from moeproof.reference.contract.activations import ACTIVATIONS, Activation
 from moeproof.reference.contract.candidate import Candidate, Claims, Pair
 from moeproof.reference.contract.errors import ContractError
+from moeproof.reference.contract.formats import FORMATS, Format
 from moeproof.reference.contract.inputs import Inputs
 from moeproof.reference.contract.modular import (
     FusedMoEModularKernel,
@@ -13,7 +14,7 @@ from moeproof.reference.contract.modular import (
 from moeproof.reference.contract.placement import expert_map, local_experts
 from moeproof.reference.contract.problem import Problem
 from moeproof.reference.contract.router import Router
-from moeproof.reference.contract.schemes import FORMATS, SCHEMES, Format, QuantScheme
+from moeproof.reference.contract.schemes import SCHEMES, Quantiser, QuantScheme
 from moeproof.reference.contract.stages import STAGES, Stage
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "Pair",
     "Problem",
     "QuantScheme",
+    "Quantiser",
     "Router",
     "Stage",
     "expert_map",

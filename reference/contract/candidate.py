@@ -17,6 +17,13 @@ ACCUMULATORS = {
     "fp32": "float32 accumulation, one rounding to the stored dtype (the contract's default)",
     "tf32": "fp32 operands rounded or truncated to 10 mantissa bits before the product",
     "dtype": "partial sums stored in the problem's dtype",
+    "fp8_promoted": "fp8 operands: sums keep 13 fraction bits (Hopper), promoted to float32 every 128; others as fp32",
+    "fp8_unpromoted": "fp8 operands: the whole sum keeps 13 fraction bits; others as fp32",
+}
+"""Integer operands on both sides are summed in int32, which is exact, under every claim."""
+DECODES = {
+    "exact": "codes enter the product as they are; scales multiply partial sums in float32 (the contract's default)",
+    "dtype": "(q - z) * s is rounded to the problem's dtype before the product",
 }
 COMBINES = {
     "fp32": "slots are summed in float32 and rounded once (the contract's default)",
@@ -44,6 +51,8 @@ class Claims:
     """The numeric contract of a candidate. Anything weaker than the default is printed in every report."""
 
     accumulate: str = "fp32"
+    decode: str = "exact"
+    """Weights of w4a16 and w8a16 schemes."""
     combine: str = "fp32"
     activation: str = "exact"
     ties: str = "any"
@@ -54,6 +63,7 @@ class Claims:
 
     def __post_init__(self) -> None:
         known("claim accumulate", self.accumulate, ACCUMULATORS)
+        known("claim decode", self.decode, DECODES)
         known("claim combine", self.combine, COMBINES)
         known("claim activation", self.activation, ACTIVATION_CLASSES)
         known("claim ties", self.ties, ("any", "lowest"))
@@ -114,6 +124,8 @@ class Pair:
     backend: str = "torch"
     slots_in_workspace2: bool = False
     """The activation's output stands in workspace2 as (M * topk, I) in (token, slot) order, so it can be judged too."""
+    taps: Callable[[FusedMoEPermuteExpertsUnpermute], Mapping[str, torch.Tensor]] | None = None
+    """What the experts kept of their last `apply` (hq and hs, say), as canonical tensors: asked after each call."""
 
     def __post_init__(self) -> None:
         known(f"layout of pair {self.name}", self.layout, LAYOUTS)

@@ -64,6 +64,11 @@ class Format:
         return -self.max - 1.0 if self.integer else -self.max
 
     @property
+    def low(self) -> float:
+        """Where a quantiser clamps from below: -max (int8 leaves -128 unused), or min where all codes are used."""
+        return self.min if self.offset or not self.signed else -self.max
+
+    @property
     def least(self) -> float:
         """Least positive value."""
         return 2.0 ** (self.emin - self.bits)

@@ -20,7 +20,8 @@ def moe_problem_size(
     """(E, M, N, K, topk) of a call: E experts here, M rows, N = w1.size(1), K hidden, topk slots per token.
 
     E and N come from w1 and K from the activations: packed weights (int4, fp4) make trailing weight dims unusable.
-    `a1` is (M, K), or (E, max_tokens, K) in the batched layout. Raises ContractError naming the tensor that disagrees.
+    `a1` is (M, K), or (E, max_tokens, K) in the batched layout; packed activations (fp4, two to a byte) have K/2 columns.
+    Raises ContractError naming the tensor that disagrees.
     """
     check(w1.dim() == 3, f"w1 has {w1.dim()} dims, must have 3: (E, N, K)")
     check(w2.dim() == 3, f"w2 has {w2.dim()} dims, must have 3: (E, K, I)")
@@ -39,6 +40,8 @@ def moe_problem_size(
     else:
         raise ContractError(f"a1 has {a1.dim()} dims, must have 2 (tokens, K) or 3 (experts, max_tokens, K)")
     K = a1.size(-1)
+    if a1.dtype == torch.uint8 and w2.size(1) == 2 * K:
+        K = 2 * K
     check(w2.size(1) == K, f"w2 has {w2.size(1)} output columns and a1 {K} columns; they must be equal")
     return E, M, N, K, topk_ids.size(1)
 

@@ -8,7 +8,7 @@ through a GEMM by its squared weights and through the activation by its own fini
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,7 +19,10 @@ from moeproof.reference.contract.schemes import Format
 from moeproof.reference.oracle import activations
 from moeproof.reference.oracle.bounds import U32, accumulator, combine_error
 from moeproof.reference.oracle.combine import routed_sum, slot_weights
-from moeproof.reference.oracle.experts import by_expert, gemm1_exact, gemm2_exact, live_slots, local_ids
+from moeproof.reference.oracle.experts import by_expert, gemm1_exact, gemm2_exact, input_rows, live_slots, local_ids
+from moeproof.reference.oracle.products import decoded, grouped, plain
+from moeproof.reference.oracle.quant_stages import quant1, weight
+from moeproof.reference.oracle.requantise import requantised
 from moeproof.reference.oracle.rounding import ulp
 from moeproof.reference.oracle.value import Trace, stored
 
@@ -86,6 +89,8 @@ def _weighted(variance_TKA: Tensor, w_eBA: Tensor, local_TK: Tensor) -> Tensor:
 def _experts(inputs: Inputs, x: Spread, claims: Claims) -> tuple[Spread, Spread, Spread]:
     """gate_up, h and y (T, K, .) of input rows x (T, H)."""
     p, local = inputs.problem, local_ids(inputs)
+    if p.quant.quantised:
+        return _quantised_experts(inputs, claims)
     gate_up = _spread(*gemm1_exact(inputs, x.value, claims), p.fmt)
     if bool(x.variance.any()):
         rows = x.variance[:, None, :].expand(*local.shape, -1)
@@ -93,6 +98,25 @@ def _experts(inputs: Inputs, x: Spread, claims: Claims) -> tuple[Spread, Spread,
     h = _through_activation(gate_up, p, claims)
     y = _spread(*gemm2_exact(inputs, h.value, claims), p.fmt)
     return gate_up, h, Spread(y.value, y.variance + _weighted(h.variance, inputs.w2, local))
+
+
+def _quantised_experts(inputs: Inputs, claims: Claims) -> tuple[Spread, Spread, Spread]:
+    """gate_up, h and y of the quantised experts. xq is exact; h is not, so its codes may flip: `requantised`."""
+    p, scheme, local = inputs.problem, inputs.problem.quant, local_ids(inputs)
+    if scheme.a1 is None:
+        rows = plain(input_rows(inputs, inputs.hidden_states), p.fmt)
+    else:
+        x = decoded(quant1(inputs))
+        rows = replace(x, values=x.values[:, None, :].expand(*local.shape, -1))
+    gate_up = _spread(*grouped(inputs, "w1", rows, inputs.b1, claims, p.N), p.fmt)
+    h = _through_activation(gate_up, p, claims)
+    if scheme.a2 is None:
+        operand, variance = plain(h.value, p.fmt), h.variance
+    else:
+        operand, variance = requantised(inputs, h.value, h.variance)
+    y = _spread(*grouped(inputs, "w2", operand, inputs.b2, claims, p.hidden), p.fmt)
+    w2 = torch.stack([weight(inputs, "w2", expert).values for expert in range(inputs.w2.shape[0])])
+    return gate_up, h, Spread(y.value, y.variance + _weighted(variance, w2, local))
 
 
 def shared_expert(inputs: Inputs, claims: Claims) -> tuple[Tensor, Tensor] | None:
