@@ -112,7 +112,13 @@ class _QuantExperts(_TritonExperts):
         return rows * max(N, K), sum(self._sizes2(rows, self._intermediate(N, self.act), itemsize))
 
     def _buffers(
-        self, workspace13: Tensor, workspace2: Tensor, rows: int, N: int, K: int, I: int  # noqa: E741
+        self,
+        workspace13: Tensor,
+        workspace2: Tensor,
+        rows: int,
+        N: int,
+        K: int,
+        I: int,  # noqa: E741
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None, Tensor]:
         """gate_up (rows, N), h (rows, I) or None, (hq, hs) or None, y (rows, K), which shares its storage with gate_up.
 
@@ -148,7 +154,7 @@ class _QuantExperts(_TritonExperts):
         e, _, N, K, _ = moe_problem_size(hidden_states, w1, w2, topk_ids)
         I = w2.size(2) * scheme.w.format.per_byte  # noqa: E741  (the project's letter)
         check(
-            N == act.width_in(I),
+            act.width_in(I) == N,
             f"w1 has {N} rows per expert and w2 {I} input columns; '{act}' needs {act.width_in(I)} rows",
         )
         check_quantised(scheme, dtype, (e, N, K, I), w1, w2, w1_scale, w2_scale, w1_zp, w2_zp, a2_scale)
@@ -199,9 +205,7 @@ class QuantExperts(_QuantExperts):
         e, M, N, K, topk = moe_problem_size(hidden_states, w1, w2, topk_ids)
         gate_up, h, into, y = self._buffers(workspace13, workspace2, M * topk, N, K, N // act.width_in(1))
         slots = Slots(topk_ids, e if global_num_experts == -1 else global_num_experts, e, expert_map)
-        _, rows = run_experts(
-            x, first, second, slots, act, self.scheme.a2, format_of(dtype), a2_scale, gate_up, h, y, into
-        )
+        _, rows = run_experts(x, first, second, slots, act, self.scheme.a2, format_of(dtype), a2_scale, gate_up, h, y, into)
         clear_dead(y, slots)
         self.last = (h, rows, (M, topk))
         return y.view(M, topk, K)

@@ -215,7 +215,10 @@ def _launch(
 ) -> None:  # fmt: skip
     N = out.size(-1)
     kind = multiplier(x.quantiser, w.quantiser)
-    check(not kind.max_length or K <= kind.max_length, f"products of {K} {kind.operand} codes may leave int32; at most {kind.max_length}")
+    check(
+        not kind.max_length or kind.max_length >= K,
+        f"products of {K} {kind.operand} codes may leave int32; at most {kind.max_length}",
+    )
     check(out.dtype in _FLOATS and (x.quantiser is not None or x.values.dtype == dtype.dtype), f"rows are {x.values.dtype}")
     xs, ws = scaling(x.quantiser), scaling(w.quantiser)
     native = kind.operand in ("e4m3fn", "int8")

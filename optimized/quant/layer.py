@@ -48,9 +48,7 @@ def run(inputs: Inputs) -> dict[str, Tensor]:
     xq, xs = quantised_rows(scheme, x, inputs.a1_scale, inputs.topk_weights, ids, p.weight_on_input)
     level = inputs.a1_scale if scheme.a1 is not None and scheme.a1.two_level else None
     rows1 = Rows(xq, scheme.a1, xs, level)
-    alignment, rows2 = run_experts(
-        rows1, first, second, slots, p.act, scheme.a2, p.fmt, inputs.a2_scale, gate_up, h, y
-    )
+    alignment, rows2 = run_experts(rows1, first, second, slots, p.act, scheme.a2, p.fmt, inputs.a2_scale, gate_up, h, y)
     shared, gate = None, None
     if p.shared:
         assert inputs.shared_w1 is not None and inputs.shared_w2 is not None

@@ -67,9 +67,7 @@ class QuantNoEPPrepareFinalize(TritonNoEPPrepareFinalize):
 class QuantBatchedPrepareFinalize(TritonBatchedPrepareFinalize):
     """Batched layout: each local expert's region holds its rows' codes, and its rows' scales at the same places."""
 
-    def __init__(
-        self, scheme: QuantScheme, max_rows: int, num_local_experts: int, max_num_tokens: int | None = None
-    ) -> None:
+    def __init__(self, scheme: QuantScheme, max_rows: int, num_local_experts: int, max_num_tokens: int | None = None) -> None:
         super().__init__(max_rows, num_local_experts, max_num_tokens)
         self.scheme = scheme
 

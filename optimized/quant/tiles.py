@@ -39,4 +39,6 @@ def quant_tile(block_m: int, N: int, K: int, operand: str, dtype: Format, step: 
     narrow = max(16, triton.next_power_of_2(N))
     # 8-bit tensor cores take 32 columns at once, and codes of a byte come in pairs.
     short = max(32, triton.next_power_of_2(K))
-    return Tile(block_m, min(t.block_n, narrow), min(t.block_k, short, triton.next_power_of_2(step)), t.group_m, t.warps, t.stages)
+    return Tile(
+        block_m, min(t.block_n, narrow), min(t.block_k, short, triton.next_power_of_2(step)), t.group_m, t.warps, t.stages
+    )
