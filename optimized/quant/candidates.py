@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from moeproof.optimized.quant import layer
+from moeproof.optimized.quant import layer, torch_scaled
 from moeproof.optimized.quant.experts import Levels, QuantBatchedExperts, QuantExperts
 from moeproof.optimized.quant.multiply import multiplier
 from moeproof.optimized.quant.prepare import QuantBatchedPrepareFinalize, QuantNoEPPrepareFinalize
@@ -104,4 +104,6 @@ def quant_candidates() -> list[Candidate | Pair]:
             ),
             Pair(f"{name}-batched", _batched, _batched_experts, layout="batched", supports=_pair(fp8, "batched"), **more),
         ]
-    return found
+    shown = ("xq", "xs", "gate_up", "h", "hq", "hs", "y", "out")
+    claims = Claims(accumulate="fp8_promoted")
+    return [*found, Candidate("torch-scaled-grouped", torch_scaled.run, shown, torch_scaled.unsupported, claims)]

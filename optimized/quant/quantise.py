@@ -179,9 +179,7 @@ def quantise(
     codes, scales = into or code_buffers(q, dtype, R, C, x_RC.device)
     whole = q.group == (ALL, ALL)
     source = x_RC
-    options = dict(NAME=act.name if act else None, GATED=bool(act and act.gated), INTERLEAVED=bool(act and act.interleaved))
-    for name in ("alpha", "beta", "limit", "linear_beta"):
-        options[name.upper()] = (getattr(act, name) if act else None) or 0.0
+    options = _activation_options(act)
     routing = slots.arguments if slots is not None else (None, None, 0, 0, 0, 0, 1)
     regions = (counts, R // counts.numel() if counts is not None else 1)
 
@@ -197,7 +195,7 @@ def quantise(
             )
         if act is not None:
             source, h_RI = h_RI, None
-            options |= {"NAME": None, "GATED": False, "INTERLEAVED": False}
+            options = _activation_options(None)
     # The scale of a whole tensor is known before: then groups are only a way to cut the columns.
     width = q.group[1] or triton.next_power_of_2(C)
     width = min(width, 1024) if whole else width
@@ -216,6 +214,14 @@ def quantise(
             num_warps=4 if width <= 4096 else 8 if width <= 8192 else 16,
         )  # fmt: skip
     return codes, given if kept else scales  # type: ignore[return-value]
+
+
+def _activation_options(act: Activation | None) -> dict[str, object]:
+    """The constants of `_values`; without an activation it takes x as it is."""
+    numbers = {name.upper(): getattr(act, name, None) or 0.0 for name in ("alpha", "beta", "limit", "linear_beta")}
+    if act is None:
+        return {"NAME": None, "GATED": False, "INTERLEAVED": False, **numbers}
+    return {"NAME": act.name, "GATED": act.gated, "INTERLEAVED": bool(act.interleaved), **numbers}
 
 
 def _tile(rows: int, groups: int, width: int) -> tuple[int, int]:
