@@ -18,9 +18,9 @@ WIDE = {
     16: Tile(16, 64, 64, 1, 4, 4),
     32: Tile(32, 64, 64, 1, 4, 4),
     64: Tile(64, 128, 64, 4, 8, 3),
-    128: Tile(128, 128, 64, 8, 8, 3),
+    128: Tile(128, 64, 64, 8, 8, 3),
 }
-"""For operands of 16 bits, decoded in registers."""
+"""For operands of 16 bits, decoded in registers. 128 x 128 spills where both sides are decoded."""
 FP32 = {m: Tile(m, 64, 16, 1, 8 if m == 128 else 4, 2) for m in (16, 32, 64, 128)}
 """IEEE products run from registers, outside the tensor cores."""
 

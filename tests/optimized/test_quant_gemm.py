@@ -156,8 +156,13 @@ def test_scales_of_any_mantissa(scheme: QuantScheme, batched: bool) -> None:
     compare(scheme, "fp32", False, batched)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-@pytest.mark.parametrize("name", ["fp8_block", "int8_token", "int8_w8a16", "int4_w4a16_zp_g32", "mxfp4_w4a8", "nvfp4_w4a16"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *(("fp8_block", "bf16"), ("int8_token", "bf16"), ("mxfp4_w4a8", "bf16"), ("int4_w4a16_zp_g32", "bf16")),
+        *(("int8_w8a16", "fp16"), ("int4_w4a16_zp_g32", "fp16"), ("nvfp4_w4a16", "fp16")),
+    ],
+)
 def test_operands_and_results_of_16_bits(name: str, dtype: str) -> None:
     compare(SCHEMES[name], dtype, False, False)
 
