@@ -85,6 +85,35 @@ def matrix(
 
 
 @app.command()
+def policies(
+    scheme: Annotated[str, typer.Option(help="One scheme; by default all of them.")] = "",
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32; by default all of them.")] = "",
+    accumulate: Annotated[str, typer.Option(help="The accumulator that a candidate claims.")] = "fp32",
+    decode: Annotated[str, typer.Option(help="How it claims to decode weights: exact or dtype.")] = "exact",
+    json: Json = False,
+) -> None:
+    """Print how each stage is judged, per dtype and scheme: formula and reason."""
+    from moeproof.harness import policies as table
+
+    raise typer.Exit(table.main(scheme, dtype, accumulate, decode, json))
+
+
+@app.command()
+def ratios(
+    candidates: Names = None,
+    scheme: Annotated[Optional[list[str]], typer.Option(help="Schemes; by default all quantised ones.")] = None,  # noqa: UP045
+    cases: Annotated[int, typer.Option(help="Random cases per scheme and layout; every fifth an exact probe.")] = 10,
+    out: Annotated[Optional[Path], typer.Option(help="Also write the table as JSON to this file.")] = None,  # noqa: UP045
+    mode: Mode = "auto",
+    json: Json = False,
+) -> None:
+    """Measure observed/allowed errors of healthy candidates for every quantised scheme."""
+    from moeproof.harness import ratios as table
+
+    raise typer.Exit(table.main(candidates or [], scheme or [], cases, out, mode, json))
+
+
+@app.command()
 def doctor(json: Json = False) -> None:
     """Say what this machine can run, and what is missing."""
     from moeproof.harness import doctor as checks

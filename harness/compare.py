@@ -124,7 +124,7 @@ def _integer_view(t: Tensor) -> Tensor:
     return t.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
 
 
-def null_kernels(value: Tensor) -> dict[str, Tensor]:
+def null_kernels(value: Tensor, noise: float = 0.1) -> dict[str, Tensor]:
     """Grossly wrong results that any useful rule must reject, made from the right one (docs/tolerances.md)."""
     alternate = 1.0 - 2.0 * (torch.arange(value.shape[-1], device=value.device) % 2)
     return {
@@ -133,12 +133,15 @@ def null_kernels(value: Tensor) -> dict[str, Tensor]:
         "a quarter more": value * 1.25,
         "negated": -value,
         "rows rolled by one": value.roll(1, 0),
-        "10% noise": value * (1.0 + 0.1 * alternate),
+        f"{noise:.0%} noise": value * (1.0 + noise * alternate),
     }
 
 
-def vacuous(name: str, want: Value) -> str | None:
-    """Why this case cannot judge this tensor: the null kernels that its bounds would accept. None where it can."""
+def vacuous(name: str, want: Value, noise: float = 0.1) -> str | None:
+    """Why this case cannot judge this tensor: the null kernels that its bounds would accept. None where it can.
+
+    `noise` is the relative size of the noise among them: no rule can reject what legal requantisation does by itself.
+    """
     if want.bound is None or not want.value.is_floating_point():
         return None
     comparable = want.value.isfinite()
@@ -147,7 +150,7 @@ def vacuous(name: str, want: Value) -> str | None:
     if not bool(comparable.any()):
         return None
     accepted = []
-    for kind, wrong in null_kernels(want.value).items():
+    for kind, wrong in null_kernels(want.value, noise).items():
         # Rolling brings in rows that do not exist: those prove nothing.
         usable = comparable & wrong.isfinite()
         if bool((wrong == want.value)[usable].all()):

@@ -66,11 +66,19 @@ class Expectation:
             self._chain = chain(self.inputs, self.claims)
         return self._chain[name]
 
+    def noise(self, name: str, shown: Shown) -> float:
+        """Relative noise that the bound of this tensor must reject: 10%, or twice the unit roundoff of the second
+        activation format where requantisation lies between what is judged and what it is judged by."""
+        a2 = self.inputs.problem.quant.a2
+        upstream = {"y": ("h", "hq"), "out": ("y",)}.get(name)
+        isolated = upstream is None or any(n in shown for n in upstream)
+        return 0.1 if a2 is None or isolated else max(0.1, 2 * a2.format.unit)
+
     def value(self, name: str, shown: Shown) -> Value:
         """What `name` must be, given what else the candidate showed."""
         p, got = self.inputs.problem, shown[name]
         fmt = format_of(got.dtype)
-        if p.quant.quantised and (name == "gate_up" or (name == "y" and ("h" in shown or "hq" in shown))):
+        if p.quant.quantised and (name == "gate_up" or (name == "y" and quant_expect.knows_hidden(shown))):
             return quant_expect.product(self.inputs, name, shown, fmt, self.claims)
         if name == "gate_up" and not p.latent:
             return gemm1(self.inputs, self.inputs.hidden_states, fmt, self.claims)

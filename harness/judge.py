@@ -111,7 +111,7 @@ def _decide(
             return make(Outcome.FLAKY, findings=tuple(Finding(TENSORS[n], n, words) for n in changed))
         words = f"the result depends on what unwritten memory held ({' against '.join(PATTERNS)})"
         return make(Outcome.FAIL, findings=tuple(Finding(TENSORS[n], n, words) for n in changed))
-    reasons = [why for name, value in values.items() if (why := vacuous(name, value))]
+    reasons = [why for name, value in values.items() if (why := vacuous(name, value, expect.noise(name, shown)))]
     if reasons:
         return make(Outcome.VACUOUS, reason="; ".join(reasons))
     return make(Outcome.PASS)

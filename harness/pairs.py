@@ -85,18 +85,19 @@ def run_pair(pair: Pair, inputs: Inputs) -> Mapping[str, Tensor]:
         if pair.taps is not None:
             shown |= pair.taps(experts.inner)  # type: ignore[arg-type]
     else:
-        shown |= _batched(prepare_finalize.calls["prepare"][1], y, inputs)
+        kept = {} if pair.taps is None else pair.taps(experts.inner)  # type: ignore[arg-type]
+        shown |= _batched(prepare_finalize.calls["prepare"][1], {**kept, "y": y}, inputs)
     return shown
 
 
-def _batched(prepared: tuple[Any, ...], y: Tensor, inputs: Inputs) -> dict[str, Tensor]:
-    """rows and counts as dispatched, and y brought to canonical coordinates through the rows' own bytes."""
+def _batched(prepared: tuple[Any, ...], results: Mapping[str, Tensor], inputs: Inputs) -> dict[str, Tensor]:
+    """rows and counts as dispatched, and the results brought to canonical coordinates through the rows' own bytes."""
     rows, counts = prepared[0], prepared[2]
     shown: dict[str, Tensor] = {"rows": rows, "expert_num_tokens": counts}
     if inputs.problem.quant.a1 is not None and isinstance(prepared[1], Tensor):
         shown["row_scales"] = prepared[1]
     e = inputs.w1.shape[0]
-    if counts.shape != (e,) or rows.dim() != 3 or rows.shape[0] != e or y.shape[:2] != rows.shape[:2]:
+    if counts.shape != (e,) or rows.dim() != 3 or rows.shape[0] != e:
         return shown
     row_scales = shown.get("row_scales")
     if wrong_row_scales(rows, row_scales, inputs):
@@ -105,10 +106,21 @@ def _batched(prepared: tuple[Any, ...], y: Tensor, inputs: Inputs) -> dict[str, 
     index, _ = find_rows(own, counts, inputs, want)
     if bool(((index < 0) & (local_ids(inputs) >= 0)).any()):
         return shown
-    flat = y.reshape(-1, y.shape[-1])
-    live = (index >= 0)[:, :, None]
-    shown["y"] = torch.where(live, flat[index.clamp(min=0)], 0) if flat.numel() else flat.new_zeros(*index.shape, y.shape[-1])
+    for name, t in results.items():
+        if t.shape[:2] == rows.shape[:2]:
+            shown[name] = _at(t, index)
+        elif t.shape == (1, 1, 1):
+            shown[name] = t
     return shown
+
+
+def _at(t: Tensor, index: Tensor) -> Tensor:
+    """(e, C, X) at flat rows (T, K) -> (T, K, X), zero where there is no row. Bytes are moved: not every dtype can index."""
+    flat = t.reshape(-1, t.shape[-1]).contiguous().view(torch.uint8)
+    if not flat.numel():
+        return torch.zeros(*index.shape, t.shape[-1], dtype=t.dtype, device=t.device)
+    picked = flat[index.clamp(min=0).flatten()]
+    return torch.where((index.flatten() >= 0)[:, None], picked, 0).view(t.dtype).view(*index.shape, t.shape[-1])
 
 
 def as_candidate(thing: object) -> Candidate:

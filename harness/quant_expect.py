@@ -92,6 +92,11 @@ def _hidden(inputs: Inputs, shown: Shown) -> Operand:
     return decoded(quant2(inputs, shown["h"]))
 
 
+def knows_hidden(shown: Shown) -> bool:
+    """Whether the candidate shows what its GEMM2 read: h, or its codes with their scales."""
+    return "h" in shown or ("hq" in shown and "hs" in shown)
+
+
 def product(inputs: Inputs, name: str, shown: Shown, fmt: Format, claims: Claims) -> Value:
     """gate_up or y, isolated: on the values that the operands' codes stand for."""
     p = inputs.problem

@@ -86,6 +86,47 @@ def groups_w2(p: Problem, s: Stream, rows: int, cols: int) -> Tensor:
     return hetero_w2(p, s, rows, cols) * _group_factors(cols, s.device)
 
 
+_LEADERS = (1.0, 1.0 - 2.0**-8, 1.0 + 2.0**-7, 1.75, 1.5, 1.75 + 2.0**-7, 1.5 + 2.0**-7)
+"""amax of a block over a power of two: at it, one bf16 step below and above; at the maxima 448 and 6, and one step above."""
+
+
+def _edges(values: Tensor, s: Stream) -> Tensor:
+    """(rows, cols) of order one -> led by known magnitudes: the first of every 16 columns is the largest of its block."""
+    rows, cols = values.shape
+    row, block = torch.arange(rows, device=s.device)[:, None], torch.arange(cols, device=s.device)[None] // GROUP
+    leaders = torch.tensor(_LEADERS, dtype=torch.float64, device=s.device)[(row + 2 * block) % len(_LEADERS)]
+    led = torch.where(torch.arange(cols, device=s.device) % GROUP == 0, leaders.copysign(values), values.clamp(-1, 1) * 0.95)
+    return torch.where((row % 7 == 3) | ((row + block) % 5 == 2), 0.0, led)
+
+
+def edges_x(p: Problem, s: Stream) -> Tensor:
+    return _edges(normal_x(p, s), s) * _spread(s, p.T, -4, 4)[:, None]
+
+
+def edges_w1(p: Problem, s: Stream, rows: int, cols: int) -> Tensor:
+    size = 2.0 ** round(math.log2(2 / math.sqrt(cols)))
+    return _edges(s.normal(rows, cols), s) * size * _spread(s, rows, -4, 4)[:, None]
+
+
+def edges_w2(p: Problem, s: Stream, rows: int, cols: int) -> Tensor:
+    return edges_w1(p, s, rows, cols)
+
+
+def ties_x(p: Problem, s: Stream) -> Tensor:
+    """Values that lie exactly between two codes once their block's amax maps to the format's maximum.
+
+    21 / 448 of an amax is the midpoint of e4m3's 20 and 22, and half of it is int8's 63.5; the scale amax / 448 itself
+    rounds, so each spelling of the same formula goes its own way here. Even rows have one amax, odd rows one per block.
+    """
+    row, column = torch.arange(p.T, device=s.device)[:, None], torch.arange(p.H, device=s.device)[None]
+    which = s.integers(0, 16, 1) + row * 5 + torch.where(row % 2 == 1, column // GROUP * 3, 0)
+    amax = (33 + 2 * (which % 16)).double() / 32 * _spread(s, p.T, -4, 4)[:, None]  # 6 bits: three times it fits bf16
+    place = column % GROUP
+    part = torch.where(place % 4 == 1, 0.5, 21 / 448 * 2.0 ** (2 - place % 7))
+    sign = s.integers(0, 2, p.T, p.H).double() * 2 - 1
+    return sign * amax * torch.where(place == 0, 1.0, part)
+
+
 def int_x(p: Problem, s: Stream) -> Tensor:
     return s.integers(-3, 4, p.T, p.H).double()
 
@@ -136,6 +177,8 @@ RECIPES: dict[str, tuple[MakeX, MakeW, MakeW]] = {
     "hetero": (hetero_x, hetero_w1, hetero_w2),
     "int": (int_x, int_w, int_w),
     "sat": (sat_x, sat_w1, sat_w2),
+    "edges": (edges_x, edges_w1, edges_w2),
+    "ties": (ties_x, normal_w1, normal_w2),
     "groups": (groups_x, groups_w1, groups_w2),
     "pin": (pinned_x, pinned_w1, pinned_w2),
 }

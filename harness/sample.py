@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
-from moeproof.harness.case import LOGITS, ROUTINGS, VALUES, Case
+from moeproof.harness.case import LOGITS, ROUTINGS, Case
 from moeproof.harness.generator import Stream
 from moeproof.reference.contract.activations import Activation
 from moeproof.reference.contract.errors import ContractError
@@ -35,6 +35,8 @@ ACTIVATIONS = (
     "relu2_no_mul",
     "relu_no_mul",
 )
+PLAIN_VALUES = ("normal", "hetero", "int", "sat")
+"""Recipes that need no quantised scheme; quant_sample draws the others."""
 ROUTERS = (
     "softmax",
     "softmax:renorm=sum",
@@ -99,7 +101,7 @@ def _draw(s: Stream, seed: int, layout: str | None, dtype: str | None) -> Case:
     )
     return Case(
         problem,
-        values=_pick(s, tuple(VALUES)),
+        values=_pick(s, PLAIN_VALUES),
         routing=_pick(s, tuple(ROUTINGS)),
         logits=_pick(s, tuple(LOGITS)),
         strided=_chance(s, 5),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from moeproof.harness.case import Case, parse_case
 from moeproof.harness.presets import PRESETS, preset, scaled
+from moeproof.harness.quant_sample import sample_quantised
 from moeproof.harness.sample import sample
 from moeproof.reference.contract.errors import known
 
 TIERS = {
     "quick": "one plain layer through every recipe, boundary sizes, each dtype",
-    "full": "quick, every model preset (scaled), and 200 random cases",
-    "soak": "full, and 2,000 random cases",
+    "full": "quick, every model preset (scaled), 200 random cases, and 200 of quantised schemes",
+    "soak": "full, and 2,000 random cases, and 2,000 of quantised schemes",
 }
 
 _PLAIN = "T=33,H=104,I=72,E=8,K=2"
@@ -52,5 +53,6 @@ def cases_of(tier: str) -> list[Case]:
     cases = [parse_case(line) for line in QUICK]
     if tier != "quick":
         cases += [case for _, case in preset_cases()]
-        cases += sample(200 if tier == "full" else 2200)
+        count = 200 if tier == "full" else 2200
+        cases += [*sample(count), *sample_quantised(count)]
     return cases

@@ -125,7 +125,8 @@ class Pair:
     slots_in_workspace2: bool = False
     """The activation's output stands in workspace2 as (M * topk, I) in (token, slot) order, so it can be judged too."""
     taps: Callable[[FusedMoEPermuteExpertsUnpermute], Mapping[str, torch.Tensor]] | None = None
-    """What the experts kept of their last `apply` (hq and hs, say), as canonical tensors: asked after each call."""
+    """What the experts kept of their last `apply`: h, hq, hs by name, asked after each call. In the pair's layout: (T, K, .),
+    or batched (e, C, .) with undefined rows beyond the counts; one scale for the whole tensor is (1, 1, 1) in both."""
 
     def __post_init__(self) -> None:
         known(f"layout of pair {self.name}", self.layout, LAYOUTS)

@@ -78,6 +78,10 @@ def _batched_experts(inputs: Inputs) -> FusedMoEPermuteExpertsUnpermute:
     return BatchedLoopExperts(inputs.problem.act, inputs.b1, inputs.b2)
 
 
+def _taps(experts: FusedMoEPermuteExpertsUnpermute) -> dict[str, torch.Tensor]:
+    return experts.taps() if isinstance(experts, (QuantLoopExperts, QuantBatchedLoopExperts)) else {}
+
+
 def candidates() -> list[Candidate | Pair]:
     """Two seed-style pairs (one for each layout), the router alone, and the whole layer stage by stage."""
     return [
@@ -88,7 +92,7 @@ def candidates() -> list[Candidate | Pair]:
             supports=supports_standard,
             claims=CLAIMS,
             slots_in_workspace2=True,
-            taps=lambda experts: experts.taps() if isinstance(experts, QuantLoopExperts) else {},
+            taps=_taps,
         ),
         Pair(
             "eager-batched",
@@ -97,6 +101,7 @@ def candidates() -> list[Candidate | Pair]:
             layout="batched",
             supports=supports_batched,
             claims=CLAIMS,
+            taps=_taps,
         ),
         Candidate("eager-router", _show_router, ("topk_ids", "topk_weights"), claims=CLAIMS),
         Candidate(

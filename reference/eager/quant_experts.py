@@ -45,6 +45,7 @@ class _QuantExperts(_Experts):
         self.globals = {"w1": w1_global, "w2": w2_global}
         self.a1_scale = a1_scale
         self.kept: dict[str, Tensor] = {}
+        self.shape = torch.Size()
 
     def _check_tensors(
         self,
@@ -79,6 +80,7 @@ class _QuantExperts(_Experts):
     def _quant2(self, h: Tensor, live: Tensor, a2_scale: Tensor | None, owner: Tensor) -> None:
         """QUANT2 of h (rows, I): rows that are not live count as zeros. `owner` (rows,) is each row's local expert."""
         q = self.scheme.a2
+        self.kept = {"h": h.clone()}
         if q is None:
             return
         given = a2_scale
@@ -87,6 +89,19 @@ class _QuantExperts(_Experts):
         rows = torch.where(live[:, None], h, 0)
         self.kept["hq"], self.kept["hs"] = quantise(rows, q, h.dtype, given)
         self.kept["g2"] = given if q.two_level and given is not None else torch.ones(1, 1)
+
+    def taps(self) -> dict[str, Tensor]:
+        """h, hq and hs of the last apply, in this layout's coordinates (reference.contract.candidate.Pair)."""
+        if not self.kept:
+            return {}
+        shown: dict[str, Tensor] = {
+            name: t.view(*self.shape, t.size(1))
+            for name, t in self.kept.items()
+            if name != "g2" and t.size(0) == self.shape.numel()
+        }
+        if self.scheme.a2 is not None and not self.scheme.a2.by_token:
+            shown["hs"] = self.kept["hs"].view(1, 1, 1)
+        return shown
 
     def _h_matrix(self, h: Tensor, rows: Tensor) -> Matrix:
         q = self.scheme.a2
@@ -186,16 +201,7 @@ class QuantLoopExperts(_QuantExperts):
         total = local_R.numel()
         y = self._run(hidden_states, w1, w2, activation, scales, a1q_scale, workspace13, workspace2, rows_of, total)
         self.shape = topk_ids.shape
-        return y.view(*topk_ids.shape, w2.size(1))
-
-    def taps(self) -> dict[str, Tensor]:
-        """hq (tokens, slots, .) and hs (tokens, slots, G) or (1, 1, 1) of the last apply."""
-        if "hq" not in self.kept:
-            return {}
-        hq, hs = self.kept["hq"], self.kept["hs"]
-        assert self.scheme.a2 is not None
-        hs = hs.view(*self.shape, hs.size(1)) if self.scheme.a2.by_token else hs.view(1, 1, 1)
-        return {"hq": hq.view(*self.shape, hq.size(1)), "hs": hs}
+        return y.view(*self.shape, w2.size(1))
 
 
 class QuantBatchedLoopExperts(_QuantExperts):
@@ -246,7 +252,8 @@ class QuantBatchedLoopExperts(_QuantExperts):
             assert self.scheme.a1 is not None
             flat = a1q_scale.flatten(0, 1) if self.scheme.a1.by_token else a1q_scale
         y = self._run(hidden_states.flatten(0, 1), w1, w2, activation, scales, flat, workspace13, workspace2, rows_of, e * C)
-        return y.view(e, C, w2.size(1))
+        self.shape = hidden_states.shape[:2]
+        return y.view(*self.shape, w2.size(1))
 
 
 def _intermediate(experts: _QuantExperts, w2: Tensor) -> int:

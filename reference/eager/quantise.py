@@ -125,7 +125,9 @@ def quantise(x: Tensor, q: Quantiser, dtype: torch.dtype, given: Tensor | None =
     elif q.quotient == "reciprocal":
         ratio = x * (1.0 / each)
     else:
-        ratio = x * _each(q.format.max / floored, q, x.size(1))
+        # A tensor on both sides: torch turns number / tensor into a reciprocal and a product, which rounds twice.
+        inverse = torch.full_like(floored, q.format.max) / floored
+        ratio = x * _each(inverse, q, x.size(1))
     return encode(ratio, q.format), s.clone()
 
 

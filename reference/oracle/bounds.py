@@ -41,8 +41,13 @@ def accumulator(length: int, fmt: Format, claims: Claims) -> float:
     return c * U32
 
 
-def proved_exact(S: torch.Tensor, quantum: float) -> torch.Tensor:
-    """bool: sums of multiples of `quantum` whose magnitudes add up to S never round in float32, in whatever order."""
+def proved_exact(S: torch.Tensor, quantum: float | torch.Tensor) -> torch.Tensor:
+    """bool: sums of multiples of `quantum` whose magnitudes add up to S never round in float32, in whatever order.
+
+    A tensor of S's shape gives each sum a quantum of its own.
+    """
+    if isinstance(quantum, torch.Tensor):
+        return (quantum >= LEAST) & (EXACT_TERMS * quantum >= S) & (S < OVERFLOW)
     if not quantum >= LEAST:
         return torch.zeros_like(S, dtype=torch.bool)
     return (EXACT_TERMS * quantum >= S) & (S < OVERFLOW)
@@ -57,7 +62,7 @@ def dot_error(S: torch.Tensor, exact: torch.Tensor, length: int, quantum: float,
     return torch.where(proved_exact(S, quantum), 0.0, error) if claims.accumulate == "fp32" else error
 
 
-def combine_error(S: torch.Tensor, terms: int, quantum: float, fmt: Format, claims: Claims) -> torch.Tensor:
+def combine_error(S: torch.Tensor, terms: int, quantum: float | torch.Tensor, fmt: Format, claims: Claims) -> torch.Tensor:
     """Error of a weighted sum of `terms` slots with magnitude S = sum |w y|: terms products and additions, and 2 spare."""
     if claims.combine == "dtype" and fmt.name != "fp32":
         # Weight, product and each addition rounded to the stored dtype.

@@ -7,6 +7,7 @@ its own codes stand for, and its bound knows nothing of rounding to codes.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ import torch
 from moeproof.reference.contract.candidate import Claims
 from moeproof.reference.contract.formats import FORMATS, Format
 from moeproof.reference.contract.inputs import Inputs
+from moeproof.reference.contract.tensor_cores import FP8_FRACTION, PROMOTED
 from moeproof.reference.oracle.bounds import EXACT_TERMS, LEAST, OVERFLOW, U32, U64, accumulator
 from moeproof.reference.oracle.experts import by_expert, local_ids
 from moeproof.reference.oracle.quant_stages import weight
@@ -21,10 +23,7 @@ from moeproof.reference.oracle.quantise import Quantised
 from moeproof.reference.oracle.rounding import lowest_bit, quanta, round_to
 
 Tensor = torch.Tensor
-U_FP8 = 2.0**-13
-"""Hopper FP8 tensor cores keep 13 fraction bits below a step's largest exponent (docs/tolerances.md section 5)."""
-PROMOTED = 128
-"""Terms after which fp8_promoted adds its partial sum in float32."""
+U_FP8 = 2.0**-FP8_FRACTION
 SCALING = 4
 """float32 roundings of each partial sum that scales bring: conversion, two scales, and their addition."""
 
@@ -73,23 +72,80 @@ def _blocks(x: Tensor, size: int) -> Tensor:
     return torch.stack([part.abs().amax(dim=-1) for part in x.split(size, dim=-1)], dim=-1)
 
 
-def accumulation_error(x: Operand, w: Operand, S: Tensor, exact: Tensor, dtype: Format, claims: Claims) -> Tensor:
-    """Error of summing the products, before any is proved exact. Formulas and constants: docs/tolerances.md 7.3."""
-    length = x.values.shape[-1]
-    groups = max(x.groups, w.groups)
-    kind = accumulator_class(x.fmt, w.fmt, claims)
-    if kind == "int32":
-        return (groups if groups > 1 else 0) * U32 * S  # each group's sum is exact; groups are added in float32
-    if kind == "fp8_promoted":
-        blocks = math.ceil(length / PROMOTED)
-        tail = (blocks + 2) * U32 * S
-        worst = _blocks(x.values, PROMOTED) ** 2 @ (_blocks(w.values, PROMOTED) ** 2).T
-        likely = U_FP8 * (10 * exact.abs() + 8 * worst.sqrt())
-        return torch.minimum(10 * U_FP8 * S, likely) + tail
-    if kind == "fp8_unpromoted":
-        return (6 * length / 32 + 8) * U_FP8 * S
-    wide = dtype if not (x.quantised and w.quantised) else FORMATS["bf16"]
-    return accumulator(length, wide, Claims(accumulate=kind)) * S
+@dataclass(frozen=True)
+class Sum:
+    """What the error of a sum of products depends on."""
+
+    x: Operand
+    w: Operand
+    S: Tensor
+    """Sum of magnitudes."""
+    exact: Tensor
+    dtype: Format
+    """The problem's dtype: both operands are in it, or what a code meets is."""
+
+    @property
+    def length(self) -> int:
+        return self.x.values.shape[-1]
+
+
+def _claimed(kind: str) -> Callable[[Sum], Tensor]:
+    """float32, tf32 and dtype accumulation: `bounds.accumulator`, 16-bit where codes are multiplied."""
+
+    def error(s: Sum) -> Tensor:
+        wide = FORMATS["bf16"] if s.x.quantised and s.w.quantised else s.dtype
+        return accumulator(s.length, wide, Claims(accumulate=kind)) * s.S
+
+    return error
+
+
+def _int32(s: Sum) -> Tensor:
+    groups = max(s.x.groups, s.w.groups)
+    return (groups if groups > 1 else 0) * U32 * s.S
+
+
+def _promoted(s: Sum) -> Tensor:
+    largest = (_blocks(s.x.values, PROMOTED) ** 2 @ (_blocks(s.w.values, PROMOTED) ** 2).T).sqrt()
+    likely = U_FP8 * (10 * s.exact.abs() + 8 * largest)
+    return torch.minimum(10 * U_FP8 * s.S, likely) + (math.ceil(s.length / PROMOTED) + 2) * U32 * s.S
+
+
+def _unpromoted(s: Sum) -> Tensor:
+    return (6 * s.length / 32 + 8) * U_FP8 * s.S
+
+
+@dataclass(frozen=True)
+class Accumulation:
+    """One row of the policy: how far a sum of products may be off, in words and as a function."""
+
+    formula: str
+    why: str
+    error: Callable[[Sum], Tensor]
+
+
+ACCUMULATIONS: dict[str, Accumulation] = {
+    "fp32": Accumulation(
+        "(1.5 K/16 + 8) u S; both operands fp32: min(K, sqrt K + 8) u S",
+        "tensor cores truncate each step of 16 products to its largest exponent, always toward zero: linear in the steps",
+        _claimed("fp32"),
+    ),
+    "tf32": Accumulation("the fp32 row + 2^-9 S", "both operands lose up to one unit of 10 mantissa bits", _claimed("tf32")),
+    "dtype": Accumulation("K u_dtype S", "every partial sum is rounded to the problem's dtype", _claimed("dtype")),
+    "int32": Accumulation(
+        "0; G u S for G > 1 scale groups",
+        "int8 products are exact in int32 up to K = 133,000; groups are added in float32",
+        _int32,
+    ),
+    "fp8_promoted": Accumulation(
+        "min(10 v S, v (10 |y| + 8 sqrt(sum_b amax_x,b^2 amax_w,b^2))) + (K/128 + 2) u S, v = 2^-13",
+        "13 fraction bits inside 128 products, float32 above: errors of blocks are independent",
+        _promoted,
+    ),
+    "fp8_unpromoted": Accumulation(
+        "(6 K/32 + 8) v S, v = 2^-13", "13 fraction bits over the whole sum, truncated", _unpromoted
+    ),
+}
+"""u = 2^-24, S = sum |x||w| over decoded values. Sources: docs/tolerances.md 7.3 and section 5."""
 
 
 def product(x: Operand, w: Operand, dtype: Format, claims: Claims, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -100,7 +156,7 @@ def product(x: Operand, w: Operand, dtype: Format, claims: Claims, bias: Tensor 
     exact = x.values @ w.values.T
     S = x.values.abs() @ w.values.abs().T
     quantum = quanta(x.values).amin(dim=-1)[:, None] * quanta(w.values).amin(dim=-1)[None]
-    error = accumulation_error(x, w, S, exact, dtype, claims) + x.values.shape[-1] * U64 * S
+    error = ACCUMULATIONS[kind].error(Sum(x, w, S, exact, dtype)) + x.values.shape[-1] * U64 * S
     if max(x.groups, w.groups) > 1:
         error = error + SCALING * U32 * S
     if bias is not None:

@@ -1,10 +1,15 @@
 """How far the codes of QUANT2 may be from the reference's when h itself may be off: for the end-to-end bound only.
 
 A last-bit difference in GEMM1 moves an amax, and with it every boundary of its group; values near a boundary then take the
-neighbouring code. With step the distance of codes there, sigma the standard deviation of h and rho that of its scale,
-relative: an error of sigma flips a code with probability sigma / step and moves it by a step, hence a variance of
-max(sigma^2, 0.8 step sigma), beside (rho h)^2 for the scale itself (docs/tolerances.md 7.6). Where scales are rounded
-coarsely (e8m0, e4m3) an amax near a boundary may take either scale: the difference d of both results is a variance d^2 / 4.
+neighbouring code. With sigma the standard deviation of h and rho that of its scale, relative, s^2 = sigma^2 + (rho h)^2:
+
+    within 1.5 s of a boundary either code is likely: a Bernoulli variable of size jump, variance at most jump^2 / 4
+    within 7 s a flip is rare but legal, and the bound of 7 sigmas must hold two of them: variance (2 jump / 7)^2
+    beyond 7 s the code is certain
+
+beside (rho h)^2 for the scale itself. (An average over boundaries, max(s^2, 0.8 step s) as in docs/tolerances.md 7.6, is
+less than one jump where a single element outweighs its row.) Where scales are rounded coarsely (e8m0, e4m3) an amax near a
+boundary may take either scale: the difference d of both results is a variance d^2 / 4.
 """
 
 from __future__ import annotations
@@ -12,22 +17,23 @@ from __future__ import annotations
 import torch
 
 from moeproof.reference.contract.inputs import Inputs
+from moeproof.reference.oracle.codes import round_values
 from moeproof.reference.oracle.experts import live_slots
 from moeproof.reference.oracle.products import Operand, decoded
 from moeproof.reference.oracle.quant_stages import quant2
 from moeproof.reference.oracle.quantise import Quantised, expand, fl
-from moeproof.reference.oracle.rounding import ulp
 
 Tensor = torch.Tensor
 SIGMAS = 7.0
-FLIP = 0.8
-"""sqrt(2 / pi): the mean of |error| for a normal error of standard deviation 1."""
+LIKELY = 1.5
+FLIPS = 2.0
 
 
-def _step(q: Quantised) -> Tensor:
-    """Distance between neighbouring codes, decoded."""
-    fmt = q.quantiser.format
-    return (1.0 if fmt.integer else ulp(q.q, fmt)) * q.scales
+def _jump(q: Quantised, h: Tensor, by: Tensor) -> Tensor:
+    """How far the decoded value moves when h moves by `by` to either side and the scales stay."""
+    scales, values = q.scales, q.values
+    sides = [round_values((h + side) / scales, q.quantiser.format) * scales for side in (by, -by)]
+    return torch.maximum((sides[0] - values).abs(), (sides[1] - values).abs())
 
 
 def _relative(sigma: Tensor, h: Tensor, q: Quantised) -> Tensor:
@@ -50,9 +56,9 @@ def requantised(inputs: Inputs, h: Tensor, variance: Tensor) -> tuple[Operand, T
     values, sigma = made.values, variance.sqrt()
     static = made.quantiser.static
     rho = torch.zeros_like(h) if static else _relative(sigma, h, made)
-    moved = variance + (rho * h) ** 2
-    # The scale moves all values of its group together; each of them may flip.
-    spread = torch.maximum(moved, FLIP * _step(made) * moved.sqrt()) + (rho * values) ** 2
+    moved = (variance + (rho * h) ** 2).sqrt()
+    likely, legal = _jump(made, h, LIKELY * moved) ** 2 / 4, (_jump(made, h, SIGMAS * moved) * FLIPS / SIGMAS) ** 2
+    spread = torch.maximum(likely, legal) + (rho * values) ** 2
     if made.quantiser.scale != "fp32":
         shift = SIGMAS * (rho if not static else _relative(sigma, h, made))
         for side in (1 + shift, 1 - shift):
