@@ -23,6 +23,7 @@ from moeproof.harness import modes, results, workers
 from moeproof.harness.case import Case
 from moeproof.harness.generator import Stream
 from moeproof.harness.judge import judge
+from moeproof.harness.quant_sample import QUANTISED
 from moeproof.harness.registry import load_candidates
 from moeproof.harness.verdict import Outcome, Verdict
 from moeproof.reference.contract import SCHEMES, Activation, Problem
@@ -33,11 +34,11 @@ CANDIDATES = (
     *("triton-fp8", "triton-fp8-modular", "triton-fp8-batched"),
     *("triton-quant", "triton-quant-modular", "triton-quant-batched", "torch-scaled-grouped"),
 )
-QUANTISED = tuple(name for name, scheme in SCHEMES.items() if scheme.quantised)
 SIZES = ((128, 136), (200, 64), (384, 256))
 """(H, I), rounded up to what the scheme's groups allow. Few, because each is compiled for."""
 TOKENS = (1, 7, 33, 130)
 ACTIVATIONS = ("silu", "silu", "silu", "swigluoai", "relu2_no_mul")
+VALUES = ("groups", "groups", "edges", "ties", "hetero", "normal")
 KEPT = 5
 """Failures written out for each scheme, layout and candidate."""
 
@@ -74,7 +75,7 @@ def draw(scheme: str, layout: str, seed: int, probe: bool) -> Case:
         layout=layout,
         storage="KN" if kn else "NK",
     )
-    values = "pin" if probe else _pick(s, ("groups", "groups", "hetero", "normal"))
+    values = "pin" if probe else _pick(s, VALUES)
     return Case(problem, values=values, routing=routing, strided=bool(s.integers(0, 8, 1)[0] == 0), seed=seed)
 
 

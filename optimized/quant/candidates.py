@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
 from moeproof.optimized.quant import layer, torch_scaled
 from moeproof.optimized.quant.experts import Levels, QuantBatchedExperts, QuantExperts
 from moeproof.optimized.quant.multiply import multiplier
@@ -17,6 +19,7 @@ from moeproof.reference.contract.inputs import Inputs
 from moeproof.reference.contract.modular import FusedMoEPermuteExpertsUnpermute
 from moeproof.reference.contract.problem import Problem
 
+Tensor = torch.Tensor
 SHOWS = (
     *("topk_ids", "topk_weights", "xq", "xs", "sorted_slots", "block_expert", "num_padded"),
     *("gate_up", "h", "hq", "hs", "y", "out"),
@@ -76,34 +79,36 @@ def _experts(inputs: Inputs) -> QuantExperts:
 
 def _batched_experts(inputs: Inputs) -> QuantBatchedExperts:
     p = inputs.problem
-    return QuantBatchedExperts(p.quant, _levels(inputs), inputs.b1, inputs.b2, p.act)
+    return QuantBatchedExperts(p.quant, _levels(inputs), inputs.b1, inputs.b2, p.act, keep_h=True)
+
+
+def _no_ep(inputs: Inputs) -> QuantNoEPPrepareFinalize:
+    return QuantNoEPPrepareFinalize(inputs.problem.quant)
 
 
 def _batched(inputs: Inputs) -> QuantBatchedPrepareFinalize:
     return QuantBatchedPrepareFinalize(inputs.problem.quant, inputs.problem.rows_per_expert, inputs.w1.size(0))
 
 
-def _taps(experts: FusedMoEPermuteExpertsUnpermute) -> dict[str, object]:
-    assert isinstance(experts, QuantExperts)
+def _taps(experts: FusedMoEPermuteExpertsUnpermute) -> dict[str, Tensor]:
+    assert isinstance(experts, (QuantExperts, QuantBatchedExperts))
     return experts.taps()
 
 
+def _set(name: str, fp8: bool) -> list[Candidate | Pair]:
+    pairs = (("modular", "standard", _no_ep, _experts), ("batched", "batched", _batched, _batched_experts))
+    return [
+        Candidate(name, layer.run, SHOWS, _layer(fp8), CLAIMS[fp8], backend="triton"),
+        *(
+            Pair(f"{name}-{kind}", front, back, layout, _pair(fp8, layout), CLAIMS[fp8], backend="triton", taps=_taps)
+            for kind, layout, front, back in pairs
+        ),
+    ]
+
+
 def quant_candidates() -> list[Candidate | Pair]:
-    found: list[Candidate | Pair] = []
-    for fp8, name in ((True, "triton-fp8"), (False, "triton-quant")):
-        more = {"claims": CLAIMS[fp8], "backend": "triton"}
-        found += [
-            Candidate(name, layer.run, SHOWS, supports=_layer(fp8), **more),
-            Pair(
-                f"{name}-modular",
-                lambda inputs: QuantNoEPPrepareFinalize(inputs.problem.quant),
-                _experts,
-                supports=_pair(fp8, "standard"),
-                taps=_taps,
-                **more,
-            ),
-            Pair(f"{name}-batched", _batched, _batched_experts, layout="batched", supports=_pair(fp8, "batched"), **more),
-        ]
+    """All candidates of quantised schemes."""
     shown = ("xq", "xs", "gate_up", "h", "hq", "hs", "y", "out")
     claims = Claims(accumulate="fp8_promoted")
-    return [*found, Candidate("torch-scaled-grouped", torch_scaled.run, shown, torch_scaled.unsupported, claims)]
+    torch_s = Candidate("torch-scaled-grouped", torch_scaled.run, shown, torch_scaled.unsupported, claims)
+    return [*_set("triton-fp8", True), *_set("triton-quant", False), torch_s]

@@ -100,7 +100,7 @@ class _QuantExperts(_TritonExperts):
         self.levels = levels or Levels()
         self.keep_h = keep_h
         self.last: tuple[Tensor | None, Rows, tuple[int, int]] | None = None
-        """h, GEMM2's operand and (M, topk) of the last `apply`: the standard layout's taps."""
+        """h, GEMM2's operand and the rows' shape in the last `apply`."""
 
     def _sizes2(self, rows: int, I: int, itemsize: int) -> tuple[int, int]:  # noqa: E741  (the project's letter)
         """Elements of workspace2 for h and for its codes."""
@@ -170,6 +170,10 @@ class _QuantExperts(_TritonExperts):
         first = Weights(w1, scheme.w, w1_scale, w1_zp, levels.w1, self.b1)
         return x, first, replace(first, codes=w2, scale=w2_scale, zp=w2_zp, level=levels.w2, bias=self.b2)
 
+    def taps(self) -> dict[str, Tensor]:
+        """What the last `apply` left behind, in the layout's own coordinates: h where it was kept, hq and hs."""
+        return {} if self.last is None else shown_rows(*self.last)
+
 
 class QuantExperts(_QuantExperts):
     """Standard layout: codes (M, K) in, (M, topk, K) out. Rows of slots that are not routed here are zeros."""
@@ -210,14 +214,10 @@ class QuantExperts(_QuantExperts):
         self.last = (h, rows, (M, topk))
         return y.view(M, topk, K)
 
-    def taps(self) -> dict[str, Tensor]:
-        """Canonical tensors that the last `apply` left behind: h where it was kept, hq and hs where h is quantised."""
-        return {} if self.last is None else shown_rows(*self.last)
 
-
-def shown_rows(h_SI: Tensor | None, rows: Rows, shape: tuple[int, int]) -> dict[str, Tensor]:
-    """h, hq and hs of `shape` (T, K) in canonical coordinates, as far as they exist."""
-    shown = {} if h_SI is None else {"h": h_SI.unflatten(0, shape)}
+def shown_rows(h_RI: Tensor | None, rows: Rows, shape: tuple[int, int]) -> dict[str, Tensor]:
+    """h, hq and hs as (T, K, .), or as (e, C, .) for the batched layout's rows, as far as they exist."""
+    shown = {} if h_RI is None else {"h": h_RI.unflatten(0, shape)}
     if rows.quantiser is not None:
         assert rows.scale is not None
         shown["hq"] = rows.values.unflatten(0, shape)
@@ -264,6 +264,7 @@ class QuantBatchedExperts(_QuantExperts):
         mean_rows = min(C, topk_ids.numel() // max(global_num_experts, e) + 1)
         batched_scaled_gemm(x, first, gate_up.unflatten(0, (e, C)), counts, format_of(dtype), mean_rows)
         rows = requantise(gate_up, h, act, self.scheme.a2, format_of(dtype), a2_scale, into, counts=counts)
+        self.last = (h, rows, (e, C))
         batched_scaled_gemm(_regions(rows, e, C), second, y.unflatten(0, (e, C)), counts, format_of(dtype), mean_rows)
         return y.view(e, C, K)
 

@@ -32,7 +32,7 @@ JUDGED = [
     "T=5,H=64,I=32,E=3,K=2,scheme=mxfp4_w4a8_static,values=pin,routing=dup,seed=6",
     "T=5,H=64,I=32,E=3,K=2,scheme=mxfp6_e3m2,layout=batched,values=pin,seed=7",
     "T=4,H=64,I=32,E=3,K=2,scheme=nvfp4_encode,shared=24,shared_gate=1,scale_on_sum=2.5,seed=8",
-    "T=4,H=64,I=32,E=3,K=2,scheme=nvfp4,layout=batched,inplace=1,values=hetero,seed=9",
+    "T=4,H=64,I=32,E=3,K=2,scheme=nvfp4,layout=batched,inplace=1,act=relu2_no_mul,values=groups,seed=9",
     "T=4,H=64,I=32,E=3,K=2,scheme=mxfp8_up,dtype=fp32,values=groups,routing=zipf,seed=10",
 ]
 
