@@ -18,6 +18,8 @@ VALUES = {
     "int": "small integers: every sum of GEMM1 is exact in float32, whatever its order",
     "sat": "saturated gate: gates are multiples of 128, so that silu and gelu are exact too, end to end",
     "groups": "normal, with magnitudes spread over 9 binades per token, channel, expert and group of 16 columns",
+    "edges": "zero rows and blocks, and an amax at and next to powers of two and at the format's maximum, in every 16 columns",
+    "ties": "x lies exactly between codes, where every spelling of a scale formula rounds its own way",
     "pin": "exact probe of a quantised scheme: every scale is a power of two, amax at the format's maximum, sums exact",
 }
 ROUTINGS = {

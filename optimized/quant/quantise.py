@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from moeproof.optimized.activation import gated, ungated
+from moeproof.optimized.activation import activate, gated, ungated
 from moeproof.optimized.quant.codes import bits_of, encode
 from moeproof.optimized.quant.scales import factor, quotient, stored_scale
 from moeproof.optimized.slots import Slots, local_expert
@@ -25,8 +25,10 @@ from moeproof.reference.contract.quant_checks import check_static_scale
 from moeproof.reference.contract.schemes import ALL, Quantiser
 
 Tensor = torch.Tensor
-WIDEST = 16384
-"""Columns that share a scale are held by one program, 32 a thread: twice as many spill where an activation is computed."""
+WIDEST = 32768
+"""Columns that share a row's scale are held by one program: 64 a thread."""
+FUSED = 8192
+"""Columns of which a program also computes the activation without spilling; wider rows take a launch of their own for it."""
 
 
 @triton.jit
@@ -166,6 +168,52 @@ def quantise(
     buffers for the result. Any strides of x.
     """
     R, C = x_RC.size(0), x_RC.size(1) if act is None else x_RC.size(1) // act.width_in(1)
+    experts = _check(x_RC, q, given, act, h_RI, (R, C))
+    codes, scales = into or code_buffers(q, dtype, R, C, x_RC.device)
+    whole = q.group == (ALL, ALL)
+    routing = (counts, R // counts.numel() if counts is not None else 1)
+    routing += slots.arguments if slots is not None else (None, None, 0, 0, 0, 0, 1)
+
+    amax = torch.zeros(1, dtype=torch.int32, device=x_RC.device) if whole and not q.static else None
+    wide = q.group == (1, ALL) and C > FUSED
+    if act is not None and h_RI is None and (amax is not None or wide):
+        h_RI = torch.empty(R, C, dtype=x_RC.dtype, device=x_RC.device)
+    if amax is not None and R:
+        block_r, block_c = _rows_of_tile(R, min(triton.next_power_of_2(C), 1024)), min(triton.next_power_of_2(C), 1024)
+        _largest[(triton.cdiv(R, block_r), triton.cdiv(C, block_c))](
+            x_RC, h_RI, amax, R, C, *x_RC.stride(), *routing, **_activation_options(act), BLOCK_R=block_r, BLOCK_C=block_c
+        )
+    elif act is not None and wide:
+        assert h_RI is not None
+        activate(x_RC, h_RI, act, slots=slots, counts=counts)
+    source, kept = x_RC, h_RI
+    if act is not None and (amax is not None or wide):
+        assert h_RI is not None
+        source, kept, act = h_RI, None, None
+    # The scale of a whole tensor is known by now: then groups are only a way to cut the columns.
+    width = q.group[1] or triton.next_power_of_2(C)
+    width = min(width, 1024) if whole else width
+    num_groups = triton.cdiv(C, width)
+    block_g = min(max(1, 1024 // width), triton.next_power_of_2(num_groups))
+    block_r = _rows_of_tile(R, block_g * width)
+    # A scale that comes from the whole tensor is written even where there are no rows.
+    grid = (triton.cdiv(R, block_r) or int(amax is not None), triton.cdiv(num_groups, block_g))
+    verbatim = whole and q.static
+    if grid[0]:
+        _quantise[grid](
+            source, kept, as_bytes(codes), None if verbatim else as_bytes(scales), given, amax, R, C, num_groups,
+            *source.stride(), given.stride(0) if experts else 0, *routing, **_activation_options(act),
+            Q=q, FMT=q.format, SCALE=q.scale_format(dtype), BLOCK_R=block_r, BLOCK_G=block_g, WIDTH=width,
+            num_warps=4 if width <= 4096 else 8 if width <= 8192 else 16,
+        )  # fmt: skip
+    return codes, given if verbatim else scales  # type: ignore[return-value]
+
+
+def _check(
+    x_RC: Tensor, q: Quantiser, given: Tensor | None, act: Activation | None, h_RI: Tensor | None, shape: tuple[int, int]
+) -> int:
+    """The number of experts that `given` has a scale for each of; 0 = one for all."""
+    C = shape[1]
     check(x_RC.dim() == 2, f"what is quantised has {x_RC.dim()} dims, must have 2: (rows, columns)")
     check(
         act is None or x_RC.size(1) == act.width_in(C),
@@ -174,46 +222,9 @@ def quantise(
     q.check_columns("what is quantised", C)
     experts = 0 if given is None or given.dim() == 2 else given.size(0)
     check_static_scale("the activation scale", q, given, experts, x_RC.device)
-    check(q.group[1] != ALL or C <= WIDEST, f"{C} columns share a scale; at most {WIDEST} are supported")
-    check(h_RI is None or (h_RI.is_contiguous() and h_RI.shape == (R, C)), f"h must be contiguous {(R, C)}")
-    codes, scales = into or code_buffers(q, dtype, R, C, x_RC.device)
-    whole = q.group == (ALL, ALL)
-    source = x_RC
-    options = _activation_options(act)
-    routing = slots.arguments if slots is not None else (None, None, 0, 0, 0, 0, 1)
-    regions = (counts, R // counts.numel() if counts is not None else 1)
-
-    amax = None
-    if whole and not q.static:
-        amax = torch.zeros(1, dtype=torch.int32, device=x_RC.device)
-        if act is not None and h_RI is None:
-            h_RI = torch.empty(R, C, dtype=x_RC.dtype, device=x_RC.device)
-        block_r, block_c = _tile(R, 1, min(triton.next_power_of_2(C), 1024))
-        if R:
-            _largest[(triton.cdiv(R, block_r), triton.cdiv(C, block_c))](
-                source, h_RI, amax, R, C, *source.stride(), *regions, *routing, **options, BLOCK_R=block_r, BLOCK_C=block_c
-            )
-        if act is not None:
-            source, h_RI = h_RI, None
-            options = _activation_options(None)
-    # The scale of a whole tensor is known before: then groups are only a way to cut the columns.
-    width = q.group[1] or triton.next_power_of_2(C)
-    width = min(width, 1024) if whole else width
-    num_groups = triton.cdiv(C, width)
-    most = max(1, 1024 // width)
-    block_g = min(most, triton.next_power_of_2(num_groups))
-    block_r, _ = _tile(R, block_g, width)
-    kept = whole and q.static
-    # A tensor-wide scale is written even where there are no rows.
-    grid = (triton.cdiv(R, block_r) or int(amax is not None), triton.cdiv(num_groups, block_g))
-    if grid[0]:
-        _quantise[grid](
-            source, h_RI, as_bytes(codes), None if kept else as_bytes(scales), given, amax, R, C, num_groups,
-            *source.stride(), given.stride(0) if experts else 0, *regions, *routing, **options,
-            Q=q, FMT=q.format, SCALE=q.scale_format(dtype), BLOCK_R=block_r, BLOCK_G=block_g, WIDTH=width,
-            num_warps=4 if width <= 4096 else 8 if width <= 8192 else 16,
-        )  # fmt: skip
-    return codes, given if kept else scales  # type: ignore[return-value]
+    check(q.group != (1, ALL) or C <= WIDEST, f"{C} columns share a scale; at most {WIDEST} are supported")
+    check(h_RI is None or (h_RI.is_contiguous() and tuple(h_RI.shape) == shape), f"h must be contiguous {shape}")
+    return experts
 
 
 def _activation_options(act: Activation | None) -> dict[str, object]:
@@ -224,7 +235,7 @@ def _activation_options(act: Activation | None) -> dict[str, object]:
     return {"NAME": act.name, "GATED": act.gated, "INTERLEAVED": bool(act.interleaved), **numbers}
 
 
-def _tile(rows: int, groups: int, width: int) -> tuple[int, int]:
-    """(rows of a program, width): tiles of about 2048 elements, or as large as the interpreter likes."""
+def _rows_of_tile(rows: int, columns: int) -> int:
+    """Rows of a program: tiles of about 2048 elements, or as large as the interpreter likes."""
     elements = 65536 if interpreted() else 2048
-    return min(max(elements // (groups * width), 1), triton.next_power_of_2(max(rows, 1))), width
+    return min(max(elements // columns, 1), triton.next_power_of_2(max(rows, 1)))

@@ -29,7 +29,12 @@ def operand(q: Quantiser, *shape: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def quantisers(scheme: QuantScheme) -> None:
     """QUANT1 of long and short rows, QUANT2 with its activation."""
-    for q, columns, act in ((scheme.a1, 7168, None), (scheme.a2, 2048, Activation()), (scheme.a2, 16384, Activation())):
+    for q, columns, act in (
+        (scheme.a1, 7168, None),
+        (scheme.a2, 2048, Activation()),
+        (scheme.a2, 16384, Activation()),
+        (scheme.a1, 32768, None),
+    ):
         if q is not None:
             x = torch.empty(512, columns if act is None else act.width_in(columns), dtype=torch.bfloat16)
             quantise(x, q, BF16, torch.empty(1, 1) if q.static else None, act=act)

@@ -175,6 +175,17 @@ def test_activation_and_requantisation(name: str, layout: str) -> None:
         assert got[1] is given
 
 
+def test_wide_rows_take_a_launch_of_their_own_for_the_activation() -> None:
+    """Beyond FUSED columns; the bits are those of the activation that is shown."""
+    q, act = QUANTISERS["int8_token.a1"], Activation.parse("silu")
+    x = normal(4, 2, 2 * 8200, dtype=torch.bfloat16)
+    h = torch.empty(2, 8200, dtype=torch.bfloat16, device=DEVICE)
+    got = quantise(x, q, FORMATS["bf16"], act=act, h_RI=h)
+
+    check_bits(h, q, got, None, [True, True])
+    assert torch.equal(quantise(x, q, FORMATS["bf16"], act=act)[0], got[0])
+
+
 def test_the_same_bits_without_showing_the_activation() -> None:
     for name in ("fp8_tensor.a1", "fp8_block.a1"):
         q, x = QUANTISERS[name], normal(3, 5, 256, dtype=torch.float16)
@@ -192,7 +203,7 @@ def test_refusals() -> None:
         quantise(x, QUANTISERS["fp8_tensor_static.a1"], FORMATS["fp32"])
     with pytest.raises(ContractError, match="dynamic"):
         quantise(x, QUANTISERS["fp8_token.a1"], FORMATS["fp32"], torch.ones(1, 1, device=DEVICE))
-    with pytest.raises(ContractError, match="at most 16384"):
-        quantise(torch.zeros(1, 16385, device=DEVICE), QUANTISERS["fp8_token.a1"], FORMATS["fp32"])
+    with pytest.raises(ContractError, match="at most 32768"):
+        quantise(torch.zeros(1, 32769, device=DEVICE), QUANTISERS["fp8_token.a1"], FORMATS["fp32"])
     with pytest.raises(ContractError, match="pairs of columns"):
         quantise(x[:, :95], QUANTISERS["fp8_token.a1"], FORMATS["fp32"], act=Activation())
