@@ -38,7 +38,8 @@ def compile_all(share: int, of: int) -> None:
 
     driver.set_active(compile_only.Driver())
     torch.set_num_threads(1)
-    plans = [Plan(t, t) for t in search.TILES] + [Plan(s, s) for s in search.STRIPS] + selectable("sm90")
+    plans = [Plan(t, t, t.block_m <= 32) for t in search.TILES] + [Plan(s, s, True) for s in search.STRIPS]
+    plans += selectable("sm90")
     jobs = [(str(plan), plan, name) for plan in dict.fromkeys(plans) for name in LINES]
     for text, plan, name in jobs[share::of]:
         compile_only.Driver.case = f"{text}: {name}"

@@ -75,7 +75,7 @@ def _by_strips(inputs: Inputs, first: Strip, second: Strip, overlap: bool, slots
     if not p.T:
         return
     h = torch.empty(slots.count, p.I, dtype=rows.dtype, device=rows.device)
-    vector_gate_up_act(rows, inputs.w1, h, slots, first, p.act, inputs.b1)
+    vector_gate_up_act(rows, inputs.w1, h, slots, first, p.act, inputs.b1, overlap)
     vector_down(
         h, inputs.w2, out, inputs.topk_weights, slots, second, inputs.b2, not p.weight_on_input, p.scale_on_sum, overlap
     )

@@ -131,7 +131,8 @@ def _fused(
     NAME: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
     ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr, LINEAR_BETA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M,
-    TMA: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, PROGRAMS: tl.constexpr, OVERLAP: tl.constexpr,
+    TMA: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, PROGRAMS: tl.constexpr, FLAT: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """GEMM1 where NAME is an activation, else GEMM2. PROGRAMS > 0: a persistent grid of that size."""
     after_previous(OVERLAP)
@@ -146,7 +147,7 @@ def _fused(
                 ALPHA, BETA, LIMIT, LINEAR_BETA, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, TMA, EVEN_N, EVEN_K,
             )  # fmt: skip
     else:
-        for tile in range(tl.program_id(0), num_m * num_n, PROGRAMS):
+        for tile in tl.range(tl.program_id(0), num_m * num_n, PROGRAMS, flatten=FLAT):
             _tile(
                 tile, num_m, num_n, a, a_rows, w, bias_eN, out, weights, sorted_slots, block_expert,
                 num_slots, slots_per_row, N, K, stride_ar, stride_ak, stride_we, stride_wn, stride_wk,
@@ -209,7 +210,7 @@ def _launch(
         ALPHA=(act and act.alpha) or 0.0, BETA=(act and act.beta) or 0.0,
         LIMIT=(act and act.limit) or 0.0, LINEAR_BETA=(act and act.linear_beta) or 0.0,
         TMA=tile.tma, EVEN_N=N % tile.block_n == 0, EVEN_K=K % tile.block_k == 0,
-        PROGRAMS=tile.per_sm * processors(a.device), **launch_options(overlap), **tile.options,
+        PROGRAMS=tile.per_sm * processors(a.device), FLAT=tile.flat, **launch_options(overlap), **tile.options,
     )  # fmt: skip
 
 

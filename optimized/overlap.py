@@ -22,6 +22,9 @@ def after_previous(OVERLAP: tl.constexpr):
         gdc_launch_dependents()
 
 
-def launch_options(overlap: bool) -> dict[str, bool]:
-    """Keyword arguments of a launch. The interpreter knows no launch_pdl, so it is only named where it is wanted."""
-    return {"OVERLAP": True, "launch_pdl": True} if overlap else {"OVERLAP": False}
+def launch_options(overlap: bool, first: bool = False) -> dict[str, bool]:
+    """Keyword arguments of a launch; the `first` of a chain waits for all before it, as any launch does.
+
+    The interpreter knows no launch_pdl, so it is only named where it is wanted.
+    """
+    return {"OVERLAP": overlap} | ({"launch_pdl": True} if overlap and not first else {})

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from moeproof.optimized.tiles import Tile
+from moeproof.optimized.tiles import Tile, interpreted
 from moeproof.optimized.vector import Strip
 from moeproof.reference.contract.errors import check
 
@@ -69,6 +69,8 @@ class Point:
 
 
 STRIPS = Plan(Strip(8, 512, 4, 1), Strip(8, 512, 4, 1))
+INTERPRETED_STRIPS = Plan(Strip(64, 512), Strip(64, 512))
+"""A program costs milliseconds whatever its size."""
 DECODE = Plan(Tile(16, 64, 128, 1, 4, 4), Tile(16, 64, 128, 1, 4, 4))
 RULE: tuple[tuple[float, Plan], ...] = (
     (24, DECODE),
@@ -82,7 +84,7 @@ RULE: tuple[tuple[float, Plan], ...] = (
 def fallback(point: Point) -> Plan:
     """The plan of a model that the table does not know."""
     if point.T == 1:
-        return STRIPS
+        return INTERPRETED_STRIPS if interpreted() else STRIPS
     return next(plan for limit, plan in RULE if point.rows_per_expert <= limit)
 
 

@@ -25,10 +25,12 @@ TILES = tuple(
         *("64x64x128-g1-w4-s3", "64x128x64-g4-w4-s4", "64x128x128-g4-w8-s3", "64x128x64-g4-w4-s4-tma"),
         *("64x128x128-g4-w4-s3-tma", "64x256x64-g4-w4-s3-tma", "64x128x64-g4-w4-s4-tma-p2", "64x128x64-g4-w4-s3-tma-p3"),
         *("64x256x64-g4-w4-s4-tma-p1", "64x256x64-g4-w8-s4-tma-p1", "64x256x64-g4-w4-s2-tma-p2"),
+        *("64x256x64-g4-w4-s4-tma-p1-flat", "64x128x64-g4-w4-s4-tma-p2-flat"),
         # Bound by the tensor cores: few large tiles, weights reused from L2.
         *("128x128x64-g8-w4-s4-tma", "128x128x64-g8-w8-s3-tma-p2", "128x128x64-g8-w4-s3-tma-p2", "128x128x64-g8-w8-s4-tma-p1"),
         *("128x256x64-g8-w8-s3-tma", "128x256x64-g8-w8-s3-tma-p1", "128x256x64-g8-w8-s4-tma-p1", "128x128x128-g8-w8-s3-tma-p1"),
-        *("256x128x64-g4-w8-s3-tma-p1", "256x128x64-g4-w8-s4-tma-p1"),
+        *("128x256x64-g8-w8-s3-tma-p1-flat", "128x128x64-g8-w4-s3-tma-p2-flat", "128x128x64-g8-w8-s4-tma-p1-flat"),
+        *("256x128x64-g4-w8-s3-tma-p1", "256x128x64-g4-w8-s4-tma-p1", "256x128x64-g4-w8-s3-tma-p1-flat"),
     )
 )
 STRIPS = tuple(
@@ -38,6 +40,14 @@ STRIPS = tuple(
         *((4, 512, 2, 1), (8, 256, 2, 1), (8, 512, 4, 3), (8, 256, 4, 4), (16, 256, 4, 3)),
     )
 )
+STARTS = {
+    16: "16x64x128-g1-w4-s4",
+    32: "32x64x128-g1-w4-s4",
+    64: "64x128x64-g4-w4-s4-tma-p2",
+    128: "128x256x64-g8-w8-s3-tma-p1",
+    256: "256x128x64-g4-w8-s3-tma-p1",
+}
+"""An ordinary tile of each height."""
 GROUPS = (1, 2, 4, 8, 16, 32)
 FEW = 4
 """Tokens up to which every slot may read its own weights."""
@@ -46,17 +56,20 @@ FEW = 4
 def starts(problem: Problem, local_experts: int) -> list[Plan]:
     """One plan for each kind that can be best: strips for few tokens, and each block height near the mean rows of an expert."""
     rows = point(problem, local_experts).rows_per_expert
-    heights = [m for m in (16, 32, 64, 128, 256) if m / 4 <= max(rows, 16) * 1.01 and (m >= 64 or rows <= 2.5 * m)]
     plans = [Plan(STRIPS[2], STRIPS[2])] if problem.T <= FEW else []
-    for height in heights:
-        same = [t for t in TILES if t.block_m == height]
-        # The middle of a height's list is its most ordinary tile.
-        best = next((t for t in same if t.per_sm == 1), same[len(same) // 2])
-        plans.append(Plan(best, best))
+    for height, text in STARTS.items():
+        # Half-empty tiles cost little where weight bytes rule, and short ones read the weights again.
+        if (height == 16 or height <= 2.5 * rows) and (height >= 64 or rows <= 2.5 * height):
+            plans.append(Plan(Tile.parse(text), Tile.parse(text)))
     return plans
 
 
 AXES = ("first", "second", "first group", "second group", "overlap")
+
+
+def _short(plan: Plan) -> bool:
+    """Whether a call is so short that the gaps between its launches count."""
+    return isinstance(plan.first, Strip) or plan.first.block_m <= 32
 
 
 def vary(plan: Plan, axis: str) -> list[Plan]:
@@ -64,7 +77,7 @@ def vary(plan: Plan, axis: str) -> list[Plan]:
     product, _, group = axis.partition(" ")
     now = getattr(plan, product)
     if axis == "overlap":
-        changed: list[object] = [not now]
+        changed: list[object] = [not now] if _short(plan) else []
     elif isinstance(now, Strip):
         changed = [] if group else list(STRIPS)
     elif group:
@@ -83,5 +96,5 @@ def compiled(problem: Problem, local_experts: int) -> list[Plan]:
             plans += [Plan(strip, strip, overlap) for strip in STRIPS for overlap in (False, True)]
         else:
             same = [t for t in TILES if t.block_m == start.first.block_m]
-            plans += [Plan(tile, tile, overlap) for tile in same for overlap in (False, True)]
+            plans += [Plan(tile, tile, overlap) for tile in same for overlap in (False, True)[: 1 + _short(start)]]
     return plans

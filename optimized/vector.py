@@ -138,6 +138,7 @@ def vector_gate_up_act(
     strip: Strip,
     act: Activation,
     b1_eN: torch.Tensor | None = None,
+    overlap: bool = False,
 ) -> None:
     """h[slot] = act(x[slot // K] @ w1[expert].T (+ b1)) of live slots; other rows are not touched. h is contiguous."""
     I, H = h_SI.size(1), x_TH.size(1)  # noqa: E741  (the project's letter)
@@ -146,7 +147,7 @@ def vector_gate_up_act(
         *slots.arguments, NAME=act.name, GATED=act.gated, PACKED=not act.interleaved,
         ALPHA=act.alpha or 0.0, BETA=act.beta or 0.0, LIMIT=act.limit or 0.0, LINEAR_BETA=act.linear_beta or 0.0,
         ROWS=strip.rows, STEP=strip.step, STAGES=strip.stages, EVEN=H % strip.step == 0, num_warps=strip.warps,
-        **launch_options(False),
+        **launch_options(overlap, first=True),
     )  # fmt: skip
 
 
