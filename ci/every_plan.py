@@ -81,7 +81,7 @@ def plans(kinds_only: bool) -> list[str]:
 
     found = selectable("sm90")
     if kinds_only:
-        found += [Plan.parse(f"{text} {text}") for text in search.STARTS.values()]
+        found += [Plan.parse(f"{text} {text}") for texts in search.STARTS.values() for text in texts]
         found += [Plan(search.STRIPS[2], search.STRIPS[2], True), Plan.parse("16x64x128-g1-w4-s4 16x64x128-g1-w4-s4 overlap")]
         found.append(Plan.parse("16x64x128-g1-w4-s4-tma 16x64x128-g1-w4-s4-tma"))
         found.append(Plan.parse("128x256x64-g8-w8-s3-tma-p1-flat 128x256x64-g8-w8-s3-tma-p1-flat"))

@@ -16,9 +16,6 @@ printf '[moeproof.candidates]\noptimized = moeproof.optimized.candidates:candida
 export PYTHONPATH=src:$names OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1
 peers=docs/results/h100-peers.csv
 
-echo "== smoke: every kind of plan on small ragged cases"
-timeout 90 python3 ci/every_plan.py --kinds 2>&1 | tail -25
-
 echo "== tune"
 timeout $((tune_seconds + 90)) python3 -m moeproof tune triton-fused --seconds "$tune_seconds" \
     --output optimized/plans_sm90.json --trace "$folder/tune-trace.json" 2>&1 | tee "$folder/tune.log" | tail -60
@@ -28,3 +25,12 @@ echo "== bench"
 timeout 170 python3 -m moeproof bench triton-fused torch-grouped --peers "$peers" --seconds 0.1 \
     --output "$folder/bench-h100.json" --json >"$folder/bench.jsonl" 2>"$folder/bench.txt"
 tail -75 "$folder/bench.txt" | cut -c1-150
+
+echo "== stages"
+timeout 60 python3 -m moeproof bench triton-fused --model qwen3 --model mixtral --tokens 1 --tokens 16 --tokens 1024 --tokens 4096 \
+    --routing uniform --seconds 0.05 --stages --output "$folder/stages-h100.json" --json >/dev/null 2>&1
+python3 - "$folder/stages-h100.json" <<'END'
+import json, sys
+for r in json.load(open(sys.argv[1]))["readings"]:
+    print(r["model"], r["M"], round(r.get("us", 0), 1), {k[:24]: round(v, 1) for k, v in r.get("kernels", {}).items()}, r.get("reason", ""))
+END

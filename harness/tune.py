@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from moeproof.reference.contract.errors import check
 from moeproof.reference.contract.inputs import Inputs
 from moeproof.reference.contract.problem import Problem
 
-KEPT, CLOSE = 2, 1.2
+KEPT, CLOSE = 3, 1.2
 """Starts that are searched further: at most this many, and none slower than this times the best."""
 HOPELESS = 1.35
 """A single call this much slower than the best configuration's is not timed further."""
@@ -86,8 +86,9 @@ def search(work: Work, tuning: Tuning, evaluate: Callable[[str, float], float | 
 class Evaluator:
     """Checks and times configurations at one point."""
 
-    def __init__(self, candidate: Candidate, work: Work, device: str) -> None:
+    def __init__(self, candidate: Candidate, work: Work, device: str, refused: Mapping[str, str]) -> None:
         assert candidate.tuning is not None
+        self.refused = refused
         self.run, self.claims, self.device = candidate.tuning.run, candidate.claims, device
         count = input_sets(work.M) if work.M == 1 else 2 if work.M > 1024 else 4
         self.sets = make_sets(work, count, device)
@@ -95,6 +96,8 @@ class Evaluator:
         self.once = float("inf")
 
     def __call__(self, text: str, best: float) -> float | str:
+        if text in self.refused:
+            return self.refused[text]
         calls = [lambda inputs=inputs: out_of(self.run(inputs, text)) for inputs in self.sets]
         try:
             with Poison("nan"):
@@ -143,25 +146,27 @@ def _blank(p: Problem, device: str) -> Inputs:
     )
 
 
-def _compile(work: Work, texts: Sequence[str], device: str) -> list[str]:
-    """Launch each configuration once on a few tokens and as few experts as there are slots; what failed, in words."""
+def _compile(work: Work, texts: Sequence[str], device: str) -> dict[str, str]:
+    """Launch each configuration once on a few tokens and as few experts as there are slots; configuration -> what failed."""
     tuning = _worker[0].tuning
     assert tuning is not None
     inputs = _blank(replace(work.problem, T=16, E=work.problem.K), device)
-    failed = []
+    failed: dict[str, str] = {}
     for text in texts:
         try:
             tuning.run(inputs, text)
-        except Exception as error:  # reported, and met again by the search
-            failed.append(f"{text}: {type(error).__name__}: {str(error)[:200]}")
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
+            if device == "cuda":
+                torch.cuda.synchronize()
+        except Exception as error:  # reported, and not tried again by the search
+            failed[text] = f"{type(error).__name__}: {str(error)[:200]}"
+            if "CUDA error" in str(error):
+                break  # this process has lost its context: what follows would fail whatever it is
+    torch.cuda.empty_cache()
     return failed
 
 
-def warm(spec: str, tuning: Tuning, works: Sequence[Work], jobs: int, device: str) -> list[str]:
-    """Compile what the search will launch, in `jobs` processes."""
+def warm(spec: str, tuning: Tuning, works: Sequence[Work], jobs: int, device: str) -> dict[str, str]:
+    """Compile what the search will launch, in `jobs` processes; configuration -> why it cannot run."""
     wanted: dict[tuple[str, str], tuple[Work, dict[str, None]]] = {}
     for work in works:
         texts = tuning.compiled(work.problem, len(work.problem.local))
@@ -170,7 +175,7 @@ def warm(spec: str, tuning: Tuning, works: Sequence[Work], jobs: int, device: st
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start, initargs=(spec, "device")) as pool:
         running = [pool.submit(_compile, work, texts, device) for work, texts in tasks if texts]
-        return [line for future in running for line in future.result()]
+        return {text: why for future in running for text, why in future.result().items()}
 
 
 def tune(
@@ -182,16 +187,20 @@ def tune(
     check(tuning is not None, f"candidate '{candidate.name}' has nothing to tune")
     assert tuning is not None
     start = time.monotonic()
+    refused: dict[str, str] = {}
     if device == "cuda" and jobs > 1:
-        for line in warm(spec, tuning, works, jobs, device):
-            log(f"cannot run: {line}")
+        refused = warm(spec, tuning, works, jobs, device)
+        for text, why in refused.items():
+            log(f"cannot run '{text}': {why}")
         log(f"compiled in {time.monotonic() - start:.0f} s")
     made = _made(device)
     for index, work in enumerate(works):
         # What is left of the time, shared by the points that are left.
         left = seconds - (time.monotonic() - start)
         begin = time.monotonic()
-        found = search(work, tuning, Evaluator(candidate, work, device), begin + max(2.0, 3 * left / (len(works) - index)))
+        found = search(
+            work, tuning, Evaluator(candidate, work, device, refused), begin + max(2.0, 3 * left / (len(works) - index))
+        )
         if found.times:
             if output:
                 _store(output, made, tuning.row(work.problem, len(work.problem.local)), work, found)

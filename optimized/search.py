@@ -27,7 +27,13 @@ TILES = tuple(
         *("64x256x64-g4-w4-s4-tma-p1", "64x256x64-g4-w8-s4-tma-p1", "64x256x64-g4-w4-s2-tma-p2"),
         *("64x256x64-g4-w4-s4-tma-p1-flat", "64x128x64-g4-w4-s4-tma-p2-flat"),
         # Bound by the tensor cores: few large tiles, weights reused from L2.
-        *("128x128x64-g8-w4-s4-tma", "128x128x64-g8-w8-s3-tma-p2", "128x128x64-g8-w4-s3-tma-p2", "128x128x64-g8-w8-s4-tma-p1"),
+        *(
+            "128x128x64-g8-w8-s3",
+            "128x128x64-g8-w4-s4-tma",
+            "128x128x64-g8-w8-s3-tma-p2",
+            "128x128x64-g8-w4-s3-tma-p2",
+            "128x128x64-g8-w8-s4-tma-p1",
+        ),
         *("128x256x64-g8-w8-s3-tma", "128x256x64-g8-w8-s3-tma-p1", "128x256x64-g8-w8-s4-tma-p1", "128x128x128-g8-w8-s3-tma-p1"),
         *("128x256x64-g8-w8-s3-tma-p1-flat", "128x128x64-g8-w4-s3-tma-p2-flat", "128x128x64-g8-w8-s4-tma-p1-flat"),
         *("256x128x64-g4-w8-s3-tma-p1", "256x128x64-g4-w8-s4-tma-p1", "256x128x64-g4-w8-s3-tma-p1-flat"),
@@ -41,13 +47,13 @@ STRIPS = tuple(
     )
 )
 STARTS = {
-    16: "16x64x128-g1-w4-s4",
-    32: "32x64x128-g1-w4-s4",
-    64: "64x128x64-g4-w4-s4-tma-p2",
-    128: "128x256x64-g8-w8-s3-tma-p1",
-    256: "256x128x64-g4-w8-s3-tma-p1",
+    16: ("16x64x128-g1-w4-s4",),
+    32: ("32x64x128-g1-w4-s4",),
+    64: ("64x128x64-g4-w4-s4", "64x128x64-g4-w4-s4-tma-p2"),
+    128: ("128x128x64-g8-w8-s3", "128x256x64-g8-w8-s3-tma-p1"),
+    256: ("256x128x64-g4-w8-s3-tma-p1",),
 }
-"""An ordinary tile of each height."""
+"""Ordinary tiles of each height: by pointers, and by descriptors where those are worth their set-up."""
 GROUPS = (1, 2, 4, 8, 16, 32)
 FEW = 4
 """Tokens up to which every slot may read its own weights."""
@@ -57,10 +63,10 @@ def starts(problem: Problem, local_experts: int) -> list[Plan]:
     """One plan for each kind that can be best: strips for few tokens, and each block height near the mean rows of an expert."""
     rows = point(problem, local_experts).rows_per_expert
     plans = [Plan(STRIPS[2], STRIPS[2])] if problem.T <= FEW else []
-    for height, text in STARTS.items():
+    for height, texts in STARTS.items():
         # Half-empty tiles cost little where weight bytes rule, and short ones read the weights again.
         if (height == 16 or height <= 2.5 * rows) and (height >= 64 or rows <= 2.5 * height):
-            plans.append(Plan(Tile.parse(text), Tile.parse(text)))
+            plans += [Plan(Tile.parse(text), Tile.parse(text)) for text in texts]
     return plans
 
 
@@ -91,7 +97,9 @@ def vary(plan: Plan, axis: str) -> list[Plan]:
 def compiled(problem: Problem, local_experts: int) -> list[Plan]:
     """Plans that between them launch every kernel of the search. A tile's group is no constant of the kernel."""
     plans: list[Plan] = []
-    for start in starts(problem, local_experts):
+    # Two starts of one height have the same neighbours.
+    kinds = {start.first.block_m if isinstance(start.first, Tile) else 0: start for start in starts(problem, local_experts)}
+    for start in kinds.values():
         if isinstance(start.first, Strip):
             plans += [Plan(strip, strip, overlap) for strip in STRIPS for overlap in (False, True)]
         else:
