@@ -108,7 +108,9 @@ def architecture(device: torch.device) -> str:
 
 def choose(point: Point, device: torch.device) -> Plan:
     """The table's plan of the nearest tabulated number of tokens (by ratio), or the rule's."""
-    row = table(architecture(device)).get(point.model)
+    rows = table(architecture(device))
+    # fp16 and bf16 move the same bytes at the same rate.
+    row = rows.get(point.model) or rows.get(point.model.replace("fp16", "bf16"))
     if not row:
         plan = fallback(point)
     else:
