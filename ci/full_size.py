@@ -8,8 +8,6 @@ For a machine with an NVIDIA GPU of 80 GB. Exit code 0 when every verdict is PAS
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import sys
 import time
 from dataclasses import replace
@@ -17,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from moeproof.harness import modes
+from moeproof.harness import modes, results
 from moeproof.harness.api import exit_code
 from moeproof.harness.case import Case
 from moeproof.harness.judge import judge
@@ -44,7 +42,9 @@ def main() -> int:
         for dtype in options.dtypes:
             for tokens in options.tokens:
                 verdicts += _point(model, dtype, tokens, candidates)
-    _write(options.output, verdicts)
+    counts = {"pass": sum(v.outcome is Outcome.PASS for v in verdicts), "of": len(verdicts)}
+    rows = [as_dict(v) for v in verdicts]
+    results.write(options.output, results.origin("cuda", options.output) | counts | {"verdicts": rows})
     return exit_code(verdicts)
 
 
@@ -66,28 +66,6 @@ def _point(model: str, dtype: str, tokens: int, candidates: list) -> list[Verdic
             print(f"{took:6.1f} s  {model} {dtype} T={tokens} {candidate.name}: {str(verdict)[:400]}", flush=True)
             torch.cuda.empty_cache()
     return found
-
-
-def _write(path: Path, verdicts: list[Verdict]) -> None:
-    record = {
-        "command": "python " + " ".join(sys.argv),
-        "device": torch.cuda.get_device_name(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "triton": _triton()},
-        "date": time.strftime("%Y-%m-%d"),
-        "pass": sum(v.outcome is Outcome.PASS for v in verdicts),
-        "of": len(verdicts),
-        "verdicts": [as_dict(v) for v in verdicts],
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(record, indent=1))
-    temporary.replace(path)
-
-
-def _triton() -> str:
-    from importlib.metadata import version
-
-    return version("triton")
 
 
 if __name__ == "__main__":

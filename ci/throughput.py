@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -21,7 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from moeproof.harness import modes
+from moeproof.harness import modes, results
 from moeproof.harness.inputs import make_inputs
 from moeproof.harness.judge import judge
 from moeproof.harness.registry import find_candidates
@@ -50,17 +49,14 @@ def main() -> int:
                 times.append(time.perf_counter() - start)
         if times:
             rows[f"{candidate.name} ({mode if candidate.backend == 'triton' else 'torch'})"] = times
-    record = {
-        "machine": torch.cuda.get_device_name() if device == "cuda" else f"cpu, {os.cpu_count()} cores",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    record = results.origin(device, options.output) | {
         "load_average": os.getloadavg()[0],
         "cases_per_second": {name: round(len(t) / sum(t), 2) for name, t in rows.items()},
         "median_ms": {name: round(1e3 * statistics.median(t), 1) for name, t in rows.items()},
     }
-    text = json.dumps(record, indent=1)
-    print(text)
+    print(json.dumps(record, indent=1))
     if options.output:
-        options.output.write_text(text + "\n")
+        results.write(options.output, record)
     return 0
 
 

@@ -71,6 +71,22 @@ def replay(
 
 
 @app.command()
+def shrink(
+    case: Annotated[str, typer.Argument(help="A case line that fails, in quotes.")],
+    candidate: Annotated[str, typer.Option(help="The candidate that fails on it.")],
+    seconds: Annotated[float, typer.Option(help="Time limit.")] = 60.0,
+    runs: Annotated[int, typer.Option(help="Limit on the number of runs.")] = 400,
+    mode: Mode = "auto",
+    json: Json = False,
+) -> None:
+    """Find the simplest case that fails in the same way; crashes and hangs too."""
+    from moeproof.harness import shrink_report, workers
+
+    workers.settle(mode)
+    raise typer.Exit(shrink_report.main(case, candidate, seconds, runs, json))
+
+
+@app.command()
 def matrix(
     mode: Mode = "auto",
     config: Annotated[Optional[Path], typer.Option(help="The matrix as data; by default ci/matrix.json here.")] = None,  # noqa: UP045
@@ -146,6 +162,35 @@ def tune(
     jobs = jobs or min(os.cpu_count() or 1, 14)
     found = tuning.tune(candidate, works, output, device, jobs, seconds, lambda line: typer.echo(line, err=True))
     raise typer.Exit(tuning.main(found, json, trace))
+
+
+@app.command()
+def policies(
+    scheme: Annotated[str, typer.Option(help="One scheme; by default all of them.")] = "",
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32; by default all of them.")] = "",
+    accumulate: Annotated[str, typer.Option(help="The accumulator that a candidate claims.")] = "fp32",
+    decode: Annotated[str, typer.Option(help="How it claims to decode weights: exact or dtype.")] = "exact",
+    json: Json = False,
+) -> None:
+    """Print how each stage is judged, per dtype and scheme: formula and reason."""
+    from moeproof.harness import policies as table
+
+    raise typer.Exit(table.main(scheme, dtype, accumulate, decode, json))
+
+
+@app.command()
+def ratios(
+    candidates: Names = None,
+    scheme: Annotated[Optional[list[str]], typer.Option(help="Schemes; by default all quantised ones.")] = None,  # noqa: UP045
+    cases: Annotated[int, typer.Option(help="Random cases per scheme and layout; every fifth an exact probe.")] = 10,
+    out: Annotated[Optional[Path], typer.Option(help="Also write the table as JSON to this file.")] = None,  # noqa: UP045
+    mode: Mode = "auto",
+    json: Json = False,
+) -> None:
+    """Measure observed/allowed errors of healthy candidates for every quantised scheme."""
+    from moeproof.harness import ratios as table
+
+    raise typer.Exit(table.main(candidates or [], scheme or [], cases, out, mode, json))
 
 
 @app.command()

@@ -6,27 +6,42 @@ from collections.abc import Mapping
 
 import torch
 
+from moeproof.harness import quant_expect
 from moeproof.harness.compare import Comparison, compare
 from moeproof.harness.invariants import check_counts, check_permute, find_rows
+from moeproof.harness.quant_expect import dispatched, wrong_row_scales
 from moeproof.harness.route_check import check_route
+from moeproof.harness.verdict import Finding
 from moeproof.reference.contract.candidate import Claims
 from moeproof.reference.contract.inputs import Inputs
 from moeproof.reference.contract.problem import Problem
 from moeproof.reference.contract.schemes import format_of
+from moeproof.reference.contract.stages import TENSORS
 from moeproof.reference.oracle.activations import activate
 from moeproof.reference.oracle.chain import chain, shared_expert
 from moeproof.reference.oracle.combine import combine
-from moeproof.reference.oracle.experts import gemm1, gemm2, input_rows, live_slots
+from moeproof.reference.oracle.experts import gemm1, gemm2, live_slots
 from moeproof.reference.oracle.value import Trace, Value
 
 Tensor = torch.Tensor
 Shown = Mapping[str, Tensor]
+JUDGED = ("gate_up", "h", "y", "out")
+"""Tensors with a bound, in the order of the stages."""
+UPSTREAM = {"gate_up": (), "h": ("gate_up",), "y": ("h",), "out": ("y",)}
+"""What the isolated stage starts from, where the candidate shows it."""
 
 
 def shapes(p: Problem, inputs: Inputs) -> dict[str, tuple[int, ...] | None]:
     """Shape of every canonical tensor; None where the candidate chooses it."""
     T, K = inputs.topk_ids.shape
-    return {
+    a1, a2 = p.quant.a1, p.quant.a2
+    quantised: dict[str, tuple[int, ...] | None] = {}
+    if a1 is not None:
+        quantised |= {"xq": a1.code_shape(T, p.hidden), "xs": a1.scale_shape(T, p.hidden), "row_scales": None}
+    if a2 is not None:
+        hs = a2.scale_shape(T, K, p.I) if a2.by_token else (1, 1, 1)
+        quantised |= {"hq": a2.code_shape(T, K, p.I), "hs": hs}
+    return quantised | {
         "topk_ids": (T, p.slots),
         "topk_weights": (T, p.slots),
         "rows": None,
@@ -55,10 +70,20 @@ class Expectation:
             self._chain = chain(self.inputs, self.claims)
         return self._chain[name]
 
+    def noise(self, name: str, shown: Shown) -> float:
+        """Relative noise that the bound of this tensor must reject: 10%, or twice the unit roundoff of the second
+        activation format where requantisation lies between what is judged and what it is judged by."""
+        a2 = self.inputs.problem.quant.a2
+        upstream = {"y": ("h", "hq"), "out": ("y",)}.get(name)
+        isolated = upstream is None or any(n in shown for n in upstream)
+        return 0.1 if a2 is None or isolated else max(0.1, 2 * a2.format.unit)
+
     def value(self, name: str, shown: Shown) -> Value:
         """What `name` must be, given what else the candidate showed."""
         p, got = self.inputs.problem, shown[name]
         fmt = format_of(got.dtype)
+        if p.quant.quantised and (name == "gate_up" or (name == "y" and quant_expect.knows_hidden(shown))):
+            return quant_expect.product(self.inputs, name, shown, fmt, self.claims)
         if name == "gate_up" and not p.latent:
             return gemm1(self.inputs, self.inputs.hidden_states, fmt, self.claims)
         if name == "h" and "gate_up" in shown:
@@ -85,16 +110,27 @@ def judge_shown(shown: Shown, expect: Expectation) -> tuple[dict[str, Comparison
             results["rows"] = _check_rows(shown, inputs)
     if "sorted_slots" in shown:
         results["sorted_slots"] = check_permute(shown["sorted_slots"], shown["block_expert"], shown["num_padded"], inputs)
-    for name in ("gate_up", "h", "y", "out"):
+    if inputs.problem.quant.quantised:
+        results |= quant_expect.judge_codes(shown, inputs)
+    for name in JUDGED:
         if name in shown:
             values[name] = expect.value(name, shown)
             experts = inputs.topk_ids if shown[name].dim() == 3 else None
-            results[name] = compare(name, shown[name], values[name], experts)
+            results[name] = compare(name, shown[name], values[name], experts, _halves(name, inputs.problem))
     return results, values
 
 
+def _halves(name: str, p: Problem) -> str:
+    """How gate and up lie in the columns of a tensor, for words about them."""
+    if name != "gate_up" or not p.act.gated:
+        return ""
+    return "interleaved" if p.act.interleaved else "packed"
+
+
 def _check_rows(shown: Shown, inputs: Inputs) -> Comparison:
-    rows = shown["rows"]
-    want = input_rows(inputs, inputs.hidden_states).to(rows.dtype)
+    words = wrong_row_scales(shown["rows"], shown.get("row_scales"), inputs)
+    if words:
+        return Comparison((Finding(TENSORS["rows"], "row_scales", words),), 1, 0.0)
+    rows, want = dispatched(shown["rows"], shown.get("row_scales"), inputs)
     _, findings = find_rows(rows, shown["expert_num_tokens"], inputs, want)
     return Comparison(tuple(findings), int(live_slots(inputs).sum()) * rows.shape[-1], 0.0)

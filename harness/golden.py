@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -78,7 +79,7 @@ class GoldenVerdict(Verdict):
 
     @property
     def replay(self) -> str:
-        chosen = "" if self.candidate == ORACLE else f" --candidate {self.candidate}"
+        chosen = "" if self.candidate == ORACLE else f" --candidate {shlex.quote(self.source or self.candidate)}"
         return f"moeproof golden check {self.folder}{chosen}"
 
 
@@ -119,8 +120,9 @@ def file_name(case: Case) -> str:
 
 
 def record(cases: Sequence[Case], folder: Path, force: bool = False) -> list[Path]:
-    """Write a file for each case and the manifest; files that already hold the same tensors are left alone.
+    """Write a file for each case and the manifest; files that hold the same tensors are left alone.
 
+    The same means what `check` grants: other CPUs give other last bits of float64, and they rewrite nothing.
     Raises ContractError, before anything is written, where a file would change and `force` is not given. Entries of other
     cases stay. Each file appears whole or not at all; the manifest comes last.
     """
@@ -134,8 +136,9 @@ def record(cases: Sequence[Case], folder: Path, force: bool = False) -> list[Pat
         tensors = dump(inputs)
         hashes = {k: tensor_hash(t) for k, t in tensors.items()}
         entry = Entry(str(case), 0, "", digest(inputs), hashes, environment())
-        clash = _clash(folder / name, entries.get(name), entry)
-        if clash == "" and (folder / name).exists():
+        clash = _clash(folder / name, entries.get(name), entry, tensors, _exact_everywhere(case))
+        same = name in entries and entries[name].tensors == hashes
+        if not clash and (folder / name).exists() and (same or not force):
             continue
         if clash:
             clashes.append(f"golden file '{folder / name}' {clash}")
@@ -150,18 +153,21 @@ def record(cases: Sequence[Case], folder: Path, force: bool = False) -> list[Pat
     return [folder / file_name(case) for case in dict.fromkeys(cases)]
 
 
-def _clash(path: Path, old: Entry | None, new: Entry) -> str:
+def _clash(path: Path, old: Entry | None, new: Entry, tensors: Dump, exact: tuple[str, ...]) -> str:
     """What would be lost by writing `new` there; empty where nothing would."""
     if old is None:
         return "exists but is not in the manifest" if path.exists() else ""
     if old.inputs != new.inputs:
         return "holds other inputs for the same case line"
     changed = [n for n in new.tensors if old.tensors.get(n) != new.tensors[n]]
-    if changed or set(old.tensors) != set(new.tensors):
-        return f"holds other values of {', '.join(changed) or 'other tensors'}"
+    if set(old.tensors) != set(new.tensors):
+        return "holds other tensors"
     if path.exists() and file_hash(path) != old.sha256:
         return "is not the file that the manifest describes"
-    return ""
+    if changed and path.exists():
+        then = read_dump(path, old)
+        changed = [n for n in changed if _agree(n, tensors[n], then[n], n.partition(".")[0] in exact)[0]]
+    return f"holds other values of {', '.join(changed)}" if changed else ""
 
 
 # checking
@@ -291,6 +297,7 @@ def _check_candidate(candidate: Candidate, case: Case, stored: Dump, folder: Pat
             seconds=time.perf_counter() - start,
             environment=modes.environment(candidate.backend, device),
             folder=str(folder),
+            source=candidate.source,
             **rest,  # type: ignore[arg-type]
         )
 

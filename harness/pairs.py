@@ -2,41 +2,68 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from moeproof.harness.invariants import find_rows
+from moeproof.harness.memory import overlap
+from moeproof.harness.quant_expect import dispatched, wrong_row_scales
 from moeproof.reference.contract.candidate import Candidate, Pair
 from moeproof.reference.contract.errors import ContractError
 from moeproof.reference.contract.inputs import Inputs
 from moeproof.reference.contract.modular import FusedMoEModularKernel
 from moeproof.reference.contract.problem import Problem
-from moeproof.reference.oracle.experts import input_rows, local_ids
+from moeproof.reference.oracle.experts import local_ids
 
 Tensor = torch.Tensor
+QUANT_ARGUMENTS = ("w1_scale", "w2_scale", "w1_zp", "w2_zp", "a1_scale", "a2_scale")
 
 
-class _Tap:
+APPLY = (
+    *("hidden_states", "w1", "w2", "topk_ids", "activation", "global_num_experts", "expert_map", "w1_scale", "w2_scale"),
+    *("w1_zp", "w2_zp", "a1q_scale", "a2_scale", "workspace13", "workspace2", "expert_num_tokens"),
+)
+"""The arguments of `apply`, in their order."""
+
+
+class SharedMemory(Exception):
+    """Two arguments of a stage overlap: what one part writes, another reads."""
+
+    def as_finding(self) -> dict[str, Any]:
+        return {"tensor": "memory", "message": str(self)}
+
+
+class Tap:
     """Forwards everything to the real object, and remembers what its methods were given and returned."""
 
     def __init__(self, inner: object, watch: tuple[str, ...]) -> None:
-        self._inner, self._watch = inner, watch
+        self.inner, self._watch = inner, watch
         self.calls: dict[str, tuple[tuple[Any, ...], Any]] = {}
 
     def __getattr__(self, name: str) -> Any:
-        value = getattr(self._inner, name)
+        value = getattr(self.inner, name)
         if name not in self._watch:
             return value
 
         def call(*args: Any, **kwargs: Any) -> Any:
             result = value(*args, **kwargs)
-            kept = result.clone() if isinstance(result, Tensor) else result
-            self.calls[name] = (args, kept)
+            self.calls[name] = (args, _kept(result))
             return result
 
         return call
+
+
+def _kept(result: Any) -> Any:
+    """Copies of the tensors: what comes after may write over them."""
+    if isinstance(result, Tensor):
+        return result.clone()
+    return tuple(_kept(item) for item in result) if isinstance(result, tuple) else result
 
 
 def _supports(pair: Pair, problem: Problem) -> str | None:
@@ -50,8 +77,8 @@ def _supports(pair: Pair, problem: Problem) -> str | None:
 def run_pair(pair: Pair, inputs: Inputs) -> Mapping[str, Tensor]:
     """One forward call. Shows out, y, and for the batched layout rows and counts; h where workspace2 keeps it."""
     p = inputs.problem
-    prepare_finalize = _Tap(pair.prepare_finalize(inputs), ("prepare",))
-    experts = _Tap(pair.experts(inputs), ("apply",))
+    prepare_finalize = Tap(pair.prepare_finalize(inputs), ("prepare",))
+    experts = Tap(pair.experts(inputs), ("apply",))
     kernel = FusedMoEModularKernel(prepare_finalize, experts)  # type: ignore[arg-type]
     ids_dtype = prepare_finalize.topk_indices_dtype()
     out = kernel(
@@ -64,37 +91,70 @@ def run_pair(pair: Pair, inputs: Inputs) -> Mapping[str, Tensor]:
         activation=str(p.act),
         global_num_experts=p.weight_experts,
         expert_map=inputs.expert_map,
+        **{name: getattr(inputs, name) for name in QUANT_ARGUMENTS},
         apply_router_weight_on_input=p.weight_on_input,
     )
     shown: dict[str, Tensor] = {"out": out}
     if "apply" not in experts.calls:
         return shown
     arguments, y = experts.calls["apply"]
+    _check_apart(arguments)
     if pair.layout == "standard":
         if y.shape == (p.T, p.slots, p.hidden):
             shown["y"] = y
         if pair.slots_in_workspace2:
             workspace2 = arguments[14]
             shown["h"] = workspace2[: p.T * p.slots * p.I].view(p.T, p.slots, p.I)
+        if p.quant.a1 is not None:
+            xq, xs = prepare_finalize.calls["prepare"][1][:2]
+            shown |= {"xq": xq, "xs": xs}
+        if pair.taps is not None:
+            shown |= pair.taps(experts.inner)  # type: ignore[arg-type]
     else:
-        shown |= _batched(prepare_finalize.calls["prepare"][1], y, inputs)
+        kept = {} if pair.taps is None else pair.taps(experts.inner)  # type: ignore[arg-type]
+        shown |= _batched(prepare_finalize.calls["prepare"][1], {**kept, "y": y}, inputs)
     return shown
 
 
-def _batched(prepared: tuple[Any, ...], y: Tensor, inputs: Inputs) -> dict[str, Tensor]:
-    """rows and counts as dispatched, and y brought to canonical coordinates through the rows' own bytes."""
+def _check_apart(arguments: tuple[Any, ...]) -> None:
+    """The alias matrix of `apply`: a workspace shares memory with no other argument."""
+    named = {name: t for name, t in zip(APPLY, arguments, strict=True) if isinstance(t, Tensor)}
+    for (a, x), (b, y) in itertools.combinations(named.items(), 2):
+        if "workspace" in a + b and overlap(x, y):
+            raise SharedMemory(f"{a} and {b} of apply share memory")
+
+
+def _batched(prepared: tuple[Any, ...], results: Mapping[str, Tensor], inputs: Inputs) -> dict[str, Tensor]:
+    """rows and counts as dispatched, and the results brought to canonical coordinates through the rows' own bytes."""
     rows, counts = prepared[0], prepared[2]
     shown: dict[str, Tensor] = {"rows": rows, "expert_num_tokens": counts}
+    if inputs.problem.quant.a1 is not None and isinstance(prepared[1], Tensor):
+        shown["row_scales"] = prepared[1]
     e = inputs.w1.shape[0]
-    if counts.shape != (e,) or rows.dim() != 3 or rows.shape[0] != e or y.shape[:2] != rows.shape[:2]:
+    if counts.shape != (e,) or rows.dim() != 3 or rows.shape[0] != e:
         return shown
-    index, _ = find_rows(rows, counts, inputs, input_rows(inputs, inputs.hidden_states).to(rows.dtype))
+    row_scales = shown.get("row_scales")
+    if wrong_row_scales(rows, row_scales, inputs):
+        return shown
+    own, want = dispatched(rows, row_scales, inputs)
+    index, _ = find_rows(own, counts, inputs, want)
     if bool(((index < 0) & (local_ids(inputs) >= 0)).any()):
         return shown
-    flat = y.reshape(-1, y.shape[-1])
-    live = (index >= 0)[:, :, None]
-    shown["y"] = torch.where(live, flat[index.clamp(min=0)], 0) if flat.numel() else flat.new_zeros(*index.shape, y.shape[-1])
+    for name, t in results.items():
+        if t.shape[:2] == rows.shape[:2]:
+            shown[name] = _at(t, index)
+        elif t.shape == (1, 1, 1):
+            shown[name] = t
     return shown
+
+
+def _at(t: Tensor, index: Tensor) -> Tensor:
+    """(e, C, X) at flat rows (T, K) -> (T, K, X), zero where there is no row. Bytes are moved: not every dtype can index."""
+    flat = t.reshape(-1, t.shape[-1]).contiguous().view(torch.uint8)
+    if not flat.numel():
+        return torch.zeros(*index.shape, t.shape[-1], dtype=t.dtype, device=t.device)
+    picked = flat[index.clamp(min=0).flatten()]
+    return torch.where((index.flatten() >= 0)[:, None], picked, 0).view(t.dtype).view(*index.shape, t.shape[-1])
 
 
 def as_candidate(thing: object) -> Candidate:
@@ -115,8 +175,20 @@ def as_candidate(thing: object) -> Candidate:
         )
     if callable(thing):
         name = getattr(thing, "__name__", type(thing).__name__).strip("<>")
-        return Candidate(name=name, run=lambda inputs: _call_usual(thing, inputs), supports=_supports_usual)
+        run = functools.partial(_call_usual, thing)
+        return Candidate(name=name, run=run, supports=_supports_usual, source=_address(thing))
     raise ContractError(f"a candidate is a callable, a Candidate or a Pair, not {type(thing).__name__}")
+
+
+def _address(function: object) -> str:
+    """How a command line names a callable: `file.py:name` for what lies below here, else `module:name`; empty for neither."""
+    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "<unknown>")
+    if module not in sys.modules or not name.isidentifier():
+        return ""  # a lambda, a local function, an instance
+    path = Path(getattr(sys.modules[module], "__file__", None) or "")
+    if path.is_absolute() and path.is_relative_to(Path.cwd()) and "site-packages" not in path.parts:
+        return f"{path.relative_to(Path.cwd())}:{name}"
+    return "" if module == "__main__" else f"{module}:{name}"
 
 
 def _call_usual(function: Any, inputs: Inputs) -> Any:

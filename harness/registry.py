@@ -8,19 +8,29 @@ import importlib.metadata
 import importlib.util
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from moeproof.harness.pairs import as_candidate
-from moeproof.reference.contract.candidate import Candidate, Pair
+from moeproof.reference.contract.candidate import Candidate, Pair, RankPair
 from moeproof.reference.contract.errors import ContractError, check
 
 GROUP = "moeproof.candidates"
-"""Entry points of this group are a Candidate, a Pair, an iterable of them, or a function that returns one of these."""
+"""Entry points of this group are a Candidate, a Pair, a RankPair, an iterable of them, or a function that returns one."""
 
 
 def find_candidates() -> list[Candidate]:
-    """Every candidate of every installed package, in the order of their names' packages. Names are unique."""
-    found: dict[str, Candidate] = {}
+    """Every single-rank candidate of every installed package, in the order of their names' packages. Names are unique."""
+    return [as_candidate(thing) for thing in _installed() if not isinstance(thing, RankPair)]
+
+
+def find_rank_pairs() -> list[RankPair]:
+    """Every candidate for several ranks of every installed package."""
+    return [thing for thing in _installed() if isinstance(thing, RankPair)]
+
+
+def _installed() -> list[object]:
+    found: dict[str, object] = {}
     for entry in sorted(importlib.metadata.entry_points(group=GROUP), key=lambda e: (e.name, e.value)):
         try:
             things = _flatten(entry.load())
@@ -28,18 +38,17 @@ def find_candidates() -> list[Candidate]:
             raise ContractError(
                 f"entry point '{entry.name} = {entry.value}' of group {GROUP} cannot be loaded: {error}"
             ) from error
-        for candidate in things:
-            check(candidate.name not in found, f"two installed candidates are named '{candidate.name}'")
-            found[candidate.name] = candidate
+        for thing in things:
+            name = thing.name if isinstance(thing, RankPair) else as_candidate(thing).name
+            check(name not in found, f"two installed candidates are named '{name}'")
+            found[name] = thing
     return list(found.values())
 
 
-def _flatten(thing: object) -> list[Candidate]:
-    if callable(thing) and not isinstance(thing, (Candidate, Pair)):
+def _flatten(thing: object) -> list[object]:
+    if callable(thing) and not isinstance(thing, (Candidate, Pair, RankPair)):
         thing = thing()
-    if isinstance(thing, Iterable):
-        return [as_candidate(item) for item in thing]
-    return [as_candidate(thing)]
+    return list(thing) if isinstance(thing, Iterable) else [thing]
 
 
 def load_candidates(names: Iterable[str]) -> list[Candidate]:
@@ -68,7 +77,7 @@ def _from_path(spec: str) -> Candidate:
     except Exception as error:  # whatever the user's module does on import, say it in one line
         raise ContractError(f"candidate '{spec}': {where} cannot be imported: {error}") from error
     check(hasattr(module, attribute), f"candidate '{spec}': {where} has no attribute '{attribute}'")
-    return as_candidate(getattr(module, attribute))
+    return replace(as_candidate(getattr(module, attribute)), source=spec)
 
 
 def _load_file(path: Path) -> object:

@@ -97,7 +97,8 @@ def verify(verdicts: Sequence[Verdict], work: Sequence[tuple[str, Case]], json: 
     labels = {str(case): label or str(case) for label, case in work}
     names = list(dict.fromkeys(v.candidate for v in verdicts))
     table = Table(title=f"moeproof verify, {time.strftime('%Y-%m-%d %H:%M')}", caption=_caption(verdicts))
-    table.add_column("model" if any(label for label, _ in work) else "case", overflow="fold")
+    models = any(label for label, _ in work)
+    table.add_column("model" if models else "case", overflow="fold", no_wrap=models)
     for name in names:
         table.add_column(name, justify="center")
     rows: dict[str, dict[str, list[Verdict]]] = {}
@@ -122,7 +123,7 @@ def replay(verdicts: Sequence[Verdict], json: bool) -> int:
     for v in verdicts:
         if json:
             print_json(as_dict(v))
-        out.print(str(v), markup=False, style=STYLE.get(v.outcome, "red"))
+        out.print(str(v), markup=False, soft_wrap=True, style=STYLE.get(v.outcome, "red"))
         if v.worst:
             shares = ", ".join(f"{name} {ratio:.3g}" for name, ratio in v.worst.items())
             out.print(f"  {v.checked} facts checked; observed/allowed: {shares}; claims: {v.claims}", markup=False)
@@ -158,7 +159,7 @@ def _reasons(out: Console, verdicts: Sequence[Verdict]) -> None:
 def _failures(out: Console, verdicts: Sequence[Verdict]) -> None:
     for v in verdicts:
         if v.outcome not in (Outcome.PASS, Outcome.UNSUPPORTED):
-            out.print(str(v), markup=False, style=STYLE.get(v.outcome, "red"))
+            out.print(str(v), markup=False, soft_wrap=True, style=STYLE.get(v.outcome, "red"))
 
 
 def _line(verdicts: Sequence[Verdict]) -> str:

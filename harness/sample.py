@@ -19,6 +19,8 @@ HIDDEN = (16, 32, 40, 64, 72, 96, 104, 128)
 INTERMEDIATE = (16, 24, 32, 48, 50, 64, 88, 112)
 EXPERTS = (1, 2, 3, 5, 8, 12, 17, 60)
 SLOTS = (1, 2, 3, 4, 6, 8, 10)
+SAMPLED_VALUES = tuple(v for v in VALUES if v not in ("sweep", "groups", "edges", "ties", "pin"))
+"""The sweep is a tier of its own: it wants one expert and 2^17 gates. The last four are about scales (quant_sample)."""
 ACTIVATIONS = (
     "silu",
     "silu",
@@ -35,6 +37,8 @@ ACTIVATIONS = (
     "relu2_no_mul",
     "relu_no_mul",
 )
+PLAIN_VALUES = ("normal", "hetero", "int", "sat")
+"""Recipes that need no quantised scheme; quant_sample draws the others."""
 ROUTERS = (
     "softmax",
     "softmax:renorm=sum",
@@ -99,7 +103,7 @@ def _draw(s: Stream, seed: int, layout: str | None, dtype: str | None) -> Case:
     )
     return Case(
         problem,
-        values=_pick(s, tuple(VALUES)),
+        values=_pick(s, SAMPLED_VALUES),
         routing=_pick(s, tuple(ROUTINGS)),
         logits=_pick(s, tuple(LOGITS)),
         strided=_chance(s, 5),

@@ -5,6 +5,7 @@ FAIL without a finding, PASS with nothing checked, UNSUPPORTED without a reason 
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -77,6 +78,8 @@ class Verdict:
     claims: str = "default"
     seconds: float = 0.0
     environment: str = ""
+    source: str = ""
+    """What a command line calls the candidate; empty where its name is enough."""
 
     def __post_init__(self) -> None:
         rules = {
@@ -99,7 +102,7 @@ class Verdict:
     @property
     def replay(self) -> str:
         """The line that repeats it."""
-        return f'moeproof replay "{self.case}" --candidate {self.candidate}'
+        return f'moeproof replay "{self.case}" --candidate {shlex.quote(self.source or self.candidate)}'
 
     def __str__(self) -> str:
         lines = [f"{self.outcome} {self.candidate} on {self.case}"]

@@ -9,14 +9,27 @@ import torch
 
 from moeproof.reference.contract.errors import check, known
 from moeproof.reference.contract.inputs import Inputs
-from moeproof.reference.contract.modular import FusedMoEPermuteExpertsUnpermute, FusedMoEPrepareAndFinalize
+from moeproof.reference.contract.link import Link
+from moeproof.reference.contract.modular import (
+    FusedMoEModularKernel,
+    FusedMoEPermuteExpertsUnpermute,
+    FusedMoEPrepareAndFinalize,
+)
 from moeproof.reference.contract.problem import LAYOUTS, Problem
 from moeproof.reference.contract.stages import TENSORS
+from moeproof.reference.contract.world import World
 
 ACCUMULATORS = {
     "fp32": "float32 accumulation, one rounding to the stored dtype (the contract's default)",
     "tf32": "fp32 operands rounded or truncated to 10 mantissa bits before the product",
     "dtype": "partial sums stored in the problem's dtype",
+    "fp8_promoted": "fp8 operands: sums keep 13 fraction bits (Hopper), promoted to float32 every 128; others as fp32",
+    "fp8_unpromoted": "fp8 operands: the whole sum keeps 13 fraction bits; others as fp32",
+}
+"""Integer operands on both sides are summed in int32, which is exact, under every claim."""
+DECODES = {
+    "exact": "codes enter the product as they are; scales multiply partial sums in float32 (the contract's default)",
+    "dtype": "(q - z) * s is rounded to the problem's dtype before the product",
 }
 COMBINES = {
     "fp32": "slots are summed in float32 and rounded once (the contract's default)",
@@ -32,6 +45,12 @@ BACKENDS = {
     "triton": "needs an NVIDIA GPU, or the interpreter",
     "cuda": "needs an NVIDIA GPU",
 }
+TRANSPORTS = {
+    "simulated": "threads of one process",
+    "gloo": "processes over torch.distributed's gloo, on CPU or GPU tensors",
+    "symm": "processes over gloo and symmetric memory, several on one GPU if need be",
+    "nccl": "one process per GPU",
+}
 DETERMINISM = {
     "run": "same bits from run to run",
     "batch": "same bits whatever else is in the batch",
@@ -44,6 +63,8 @@ class Claims:
     """The numeric contract of a candidate. Anything weaker than the default is printed in every report."""
 
     accumulate: str = "fp32"
+    decode: str = "exact"
+    """Weights of w4a16 and w8a16 schemes."""
     combine: str = "fp32"
     activation: str = "exact"
     ties: str = "any"
@@ -54,6 +75,7 @@ class Claims:
 
     def __post_init__(self) -> None:
         known("claim accumulate", self.accumulate, ACCUMULATORS)
+        known("claim decode", self.decode, DECODES)
         known("claim combine", self.combine, COMBINES)
         known("claim activation", self.activation, ACTIVATION_CLASSES)
         known("claim ties", self.ties, ("any", "lowest"))
@@ -106,6 +128,8 @@ class Candidate:
     backend: str = "torch"
     tuning: Tuning | None = None
     """None: nothing to tune."""
+    source: str = ""
+    """How a command line names it where it is not installed: `module:attribute` or `path/to/file.py:attribute`."""
 
     def __post_init__(self) -> None:
         bad = set(self.name) & set(" ,/\n")
@@ -136,7 +160,41 @@ class Pair:
     backend: str = "torch"
     slots_in_workspace2: bool = False
     """The activation's output stands in workspace2 as (M * topk, I) in (token, slot) order, so it can be judged too."""
+    taps: Callable[[FusedMoEPermuteExpertsUnpermute], Mapping[str, torch.Tensor]] | None = None
+    """What the experts kept of their last `apply`: h, hq, hs by name, asked after each call. In the pair's layout: (T, K, .),
+    or batched (e, C, .) with undefined rows beyond the counts; one scale for the whole tensor is (1, 1, 1) in both."""
 
     def __post_init__(self) -> None:
         known(f"layout of pair {self.name}", self.layout, LAYOUTS)
         known(f"backend of pair {self.name}", self.backend, BACKENDS)
+
+
+def _supports_every_world(_: World) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class RankPair:
+    """A seed-style pair for several ranks: each rank builds its own, and all run FusedMoEModularKernel.forward together.
+
+    `prepare_finalize(inputs, world, link)` gets this rank's Inputs (reference.ranks.split) and the link to the others; its
+    `link.group` is the torch.distributed group where there is one. `supports(world)` returns None or the reason why not.
+    """
+
+    name: str
+    prepare_finalize: Callable[[Inputs, World, Link], FusedMoEPrepareAndFinalize]
+    experts: Callable[[Inputs], FusedMoEPermuteExpertsUnpermute]
+    layout: str = "standard"
+    supports: Callable[[World], str | None] = _supports_every_world
+    claims: Claims = field(default_factory=Claims)
+    backend: str = "torch"
+    kernel: type[FusedMoEModularKernel] = FusedMoEModularKernel
+    """What runs the two together: FusedMoEOverlappedKernel where prepare_finalize has the four calls in halves."""
+    transports: tuple[str, ...] = ("simulated", "gloo", "symm", "nccl")
+    """Links it can use; `symm` means gloo for control and symmetric memory on the group's GPUs."""
+
+    def __post_init__(self) -> None:
+        known(f"layout of pair {self.name}", self.layout, LAYOUTS)
+        known(f"backend of pair {self.name}", self.backend, BACKENDS)
+        for transport in self.transports:
+            known(f"transport of pair {self.name}", transport, TRANSPORTS)

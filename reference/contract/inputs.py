@@ -26,9 +26,14 @@ class Inputs:
     topk_weights: torch.Tensor
     """(T, K) float32, any sign and scale; undefined (may be NaN) where the id is -1."""
     w1: torch.Tensor
-    """(e, N, H); gate rows first, or interleaved where the activation says so. Strided where storage=KN."""
+    """(e, N, H); gate rows first, or interleaved where the activation says so. Strided where storage=KN.
+
+    Quantised: the codes, in the dtype of the scheme's format and shape scheme.w.code_shape(e, N, H): float8 and int8 one
+    per element; e2m1, int4 and uint4 as uint8 (e, N, H/2), low nibble = even column; e3m2 and e2m3 as uint8 (e, N, H),
+    in the low six bits. int4 is offset binary (code - 8); uint4 has a zero point.
+    """
     w2: torch.Tensor
-    """(e, H, I)."""
+    """(e, H, I), quantised as w1 is: scheme.w.code_shape(e, H, I)."""
     b1: torch.Tensor | None = None
     """(e, N)."""
     b2: torch.Tensor | None = None
@@ -55,6 +60,25 @@ class Inputs:
     """(latent, H): the down-projection before the experts."""
     latent_norm: torch.Tensor | None = None
     """(latent,): weight of the RMSNorm of the routed sum."""
+    w1_scale: torch.Tensor | None = None
+    """Scales of w1, multiplicative, scheme.w.scale_shape(e, N, H): tensor (e, 1, 1), channel (e, N, 1), block
+    (e, ceil(N/128), ceil(H/128)), group g (e, N, H/g). float32; the problem's dtype for int4 groups; uint8 (e8m0 codes) for
+    mx; float8_e4m3fn for nvfp4."""
+    w2_scale: torch.Tensor | None = None
+    """The same of w2: scheme.w.scale_shape(e, H, I)."""
+    w1_zp: torch.Tensor | None = None
+    """uint8 (e, N/2, G): zero points 0..15 of w1, two along N (low nibble = even row), w = (q - zp) * scale. Only *_zp_*."""
+    w2_zp: torch.Tensor | None = None
+    """uint8 (e, H/2, G)."""
+    w1_global: torch.Tensor | None = None
+    """float32 (e, 1, 1): the second level of a two-level scale; multiplies where the rule is two_level_decode, divides where
+    it is two_level_encode. The seed's `apply` has no argument for it: constructors take it from here."""
+    w2_global: torch.Tensor | None = None
+    """float32 (e, 1, 1)."""
+    a1_scale: torch.Tensor | None = None
+    """float32 (1, 1): the static scale of x, or its global scale where the rule is two-level. None = dynamic."""
+    a2_scale: torch.Tensor | None = None
+    """float32 (1, 1): the static scale of h, or (e, 1, 1), one per local expert, its global scale. None = dynamic."""
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) of every tensor that this case has."""

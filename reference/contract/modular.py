@@ -13,6 +13,9 @@ import torch
 from moeproof.reference.contract.checks import check_forward, check_workspaces
 from moeproof.reference.contract.errors import ContractError, check
 
+Prepared = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+"""What `prepare` returns: (a1q, a1q_scale, expert_num_tokens, expert_topk_ids, expert_topk_weights)."""
+
 
 def moe_problem_size(
     a1: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, topk_ids: torch.Tensor
@@ -20,7 +23,8 @@ def moe_problem_size(
     """(E, M, N, K, topk) of a call: E experts here, M rows, N = w1.size(1), K hidden, topk slots per token.
 
     E and N come from w1 and K from the activations: packed weights (int4, fp4) make trailing weight dims unusable.
-    `a1` is (M, K), or (E, max_tokens, K) in the batched layout. Raises ContractError naming the tensor that disagrees.
+    `a1` is (M, K), or (E, max_tokens, K) in the batched layout; packed activations (fp4, two to a byte) have K/2 columns.
+    Raises ContractError naming the tensor that disagrees.
     """
     check(w1.dim() == 3, f"w1 has {w1.dim()} dims, must have 3: (E, N, K)")
     check(w2.dim() == 3, f"w2 has {w2.dim()} dims, must have 3: (E, K, I)")
@@ -39,6 +43,8 @@ def moe_problem_size(
     else:
         raise ContractError(f"a1 has {a1.dim()} dims, must have 2 (tokens, K) or 3 (experts, max_tokens, K)")
     K = a1.size(-1)
+    if a1.dtype == torch.uint8 and w2.size(1) == 2 * K:
+        K = 2 * K
     check(w2.size(1) == K, f"w2 has {w2.size(1)} output columns and a1 {K} columns; they must be equal")
     return E, M, N, K, topk_ids.size(1)
 
@@ -61,7 +67,7 @@ class FusedMoEPrepareAndFinalize(ABC):
         num_experts: int,
         expert_map: torch.Tensor | None,
         apply_router_weight_on_input: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    ) -> Prepared:
         """Quantise and dispatch `a1` (M, K).
 
         `num_experts` is the global count. Returns (a1q, a1q_scale, expert_num_tokens int32 (local experts,),
@@ -92,6 +98,14 @@ class FusedMoEPrepareAndFinalize(ABC):
     @abstractmethod
     def max_num_tokens_per_rank(self) -> int | None:
         """Hard bound of tokens on any rank, None for none; more must raise before any collective."""
+
+    def abandon(self, reason: str) -> None:
+        """This rank cannot go on with the call: release the ranks that wait for it in prepare or finalize, with the reason.
+
+        Called by the kernel object where arguments are refused before prepare, and where the experts raise. On one rank
+        nobody waits.
+        """
+        return
 
 
 class FusedMoEPermuteExpertsUnpermute(ABC):
@@ -185,7 +199,7 @@ class FusedMoEModularKernel(torch.nn.Module):
         """
         if global_num_experts == -1:
             global_num_experts = w1.size(0)
-        check_forward(
+        self.check(
             hidden_states,
             w1,
             w2,
@@ -194,11 +208,9 @@ class FusedMoEModularKernel(torch.nn.Module):
             global_num_experts,
             expert_map,
             apply_router_weight_on_input,
-            self.prepare_finalize.topk_indices_dtype(),
-            self.prepare_finalize.max_num_tokens_per_rank(),
         )
         output = hidden_states if inplace else torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
-        a1q, a1q_scale, expert_num_tokens, expert_topk_ids, expert_topk_weights = self.prepare_finalize.prepare(
+        prepared = self.prepare_finalize.prepare(
             hidden_states,
             a1_scale,
             a2_scale,
@@ -208,12 +220,78 @@ class FusedMoEModularKernel(torch.nn.Module):
             expert_map,
             apply_router_weight_on_input,
         )
-        topk_ids = topk_ids if expert_topk_ids is None else expert_topk_ids
-        topk_weights = topk_weights if expert_topk_weights is None else expert_topk_weights
+        # Dispatched ids and weights, where there are some, replace the originals from here on.
+        topk_ids = topk_ids if prepared[3] is None else prepared[3]
+        topk_weights = topk_weights if prepared[4] is None else prepared[4]
+        expert_output = self.run_experts(
+            prepared,
+            hidden_states,
+            w1,
+            w2,
+            topk_ids,
+            activation,
+            global_num_experts,
+            expert_map,
+            w1_scale,
+            w2_scale,
+            w1_zp,
+            w2_zp,
+            a2_scale,
+        )
+        self.prepare_finalize.finalize(output, expert_output, topk_weights, topk_ids, apply_router_weight_on_input)
+        return output
+
+    def check(
+        self,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        global_num_experts: int,
+        expert_map: torch.Tensor | None,
+        apply_router_weight_on_input: bool,
+    ) -> None:
+        """Raise ContractError where arguments disagree, and let the other ranks know."""
+        try:
+            check_forward(
+                hidden_states,
+                w1,
+                w2,
+                topk_weights,
+                topk_ids,
+                global_num_experts,
+                expert_map,
+                apply_router_weight_on_input,
+                self.prepare_finalize.topk_indices_dtype(),
+                self.prepare_finalize.max_num_tokens_per_rank(),
+            )
+        except ContractError as error:
+            self.prepare_finalize.abandon(str(error))
+            raise
+
+    def run_experts(
+        self,
+        prepared: Prepared,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_ids: torch.Tensor,
+        activation: str,
+        global_num_experts: int,
+        expert_map: torch.Tensor | None,
+        w1_scale: torch.Tensor | None,
+        w2_scale: torch.Tensor | None,
+        w1_zp: torch.Tensor | None,
+        w2_zp: torch.Tensor | None,
+        a2_scale: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """What finalize gets: `apply` of the prepared rows in fresh workspaces. `hidden_states` are this rank's own tokens."""
+        a1q, a1q_scale, expert_num_tokens, _, _ = prepared
         if a1q.numel() == 0:
             # Nothing arrived here. finalize is still called: it may be a collective that other ranks wait in.
-            expert_output = torch.empty_like(a1q, dtype=hidden_states.dtype)
-        else:
+            return torch.empty_like(a1q, dtype=hidden_states.dtype)
+        try:
             _, M, N, K, topk = moe_problem_size(a1q, w1, w2, topk_ids)
             elements13, elements2, dtype = self.fused_experts.workspace_shapes(
                 hidden_states, a1q, M, N, K, topk, global_num_experts
@@ -221,7 +299,7 @@ class FusedMoEModularKernel(torch.nn.Module):
             workspace13 = torch.empty(elements13, device=hidden_states.device, dtype=dtype)
             workspace2 = torch.empty(elements2, device=hidden_states.device, dtype=dtype)
             check_workspaces(workspace13, workspace2)
-            expert_output = self.fused_experts.apply(
+            return self.fused_experts.apply(
                 a1q,
                 w1,
                 w2,
@@ -239,5 +317,6 @@ class FusedMoEModularKernel(torch.nn.Module):
                 workspace2,
                 expert_num_tokens,
             )
-        self.prepare_finalize.finalize(output, expert_output, topk_weights, topk_ids, apply_router_weight_on_input)
-        return output
+        except Exception as error:
+            self.prepare_finalize.abandon(f"{type(error).__name__} in the experts: {error}")
+            raise

@@ -92,6 +92,11 @@ class Problem:
             not (self.inplace and self.latent),
             "inplace with a latent projection: sizes of input and output differ inside",
         )
+        check(
+            not (self.latent and self.quant.quantised),
+            f"latent with scheme={self.scheme}: QUANT1 would quantise the projection's result, which no stage shows",
+        )
+        self.quant.check_sizes(self.hidden, self.I, self.N)
 
     def _check_router(self) -> None:
         r = self.router

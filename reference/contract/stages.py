@@ -1,7 +1,19 @@
 """The stage table: the order of the pipeline, the tensors each stage hands on, and how each is judged.
 
 Canonical coordinates: row (t, k) is "token t in its k-th slot", whatever the memory order was. Legend: T tokens, K slots,
-E experts, e local experts, H hidden, N = 2I or I, I intermediate, P padded rows, B blocks.
+E experts, e local experts, H hidden, N = 2I or I, I intermediate, P padded rows, B blocks, C rows per expert, G scale groups.
+
+Quantised tensors, with q1 = scheme.a1 and q2 = scheme.a2 (reference.contract.schemes):
+
+    xq  q1.code_shape(T, H)      codes of x, in q1's dtype (the columns halve where two codes share a byte)
+    xs  q1.scale_shape(T, H)     tensor (1, 1), token (T, 1), group (T, G); float32, uint8 (e8m0) or float8_e4m3fn
+    hq  q2.code_shape(T, K, I)   codes of h
+    hs  tensor (1, 1, 1), token (T, K, 1), group (T, K, G)
+
+What QUANT1 quantises is hidden_states, all T rows of it, weighted (and rounded to the problem's dtype) where the weight is on
+the input. QUANT2 quantises h as it is shown: in the problem's dtype, or float32 where a kernel never rounds it. A dynamic
+scale for a whole tensor takes the amax of all T rows of x, and of the live (token, slot) rows of h on this rank. In the
+batched layout `rows` holds the codes and `row_scales` the scales of the same rows: (e, 1, 1), (e, C, 1) or (e, C, G).
 """
 
 from __future__ import annotations
@@ -29,6 +41,7 @@ class Stage(str, Enum):
 class StageRow:
     stage: Stage
     takes: tuple[str, ...]
+    """What it reads; unquantised, xq is hidden_states and hq is h."""
     shows: dict[str, str]
     """Canonical tensors of the stage, by name, with their dims."""
     judged: str
@@ -47,7 +60,7 @@ STAGES: dict[Stage, StageRow] = {
         StageRow(
             Stage.DISPATCH,
             ("hidden_states", "topk_ids"),
-            {"rows": "eCH", "expert_num_tokens": "e"},
+            {"rows": "eCH", "row_scales": "eCG", "expert_num_tokens": "e"},
             "bits and bijection: each live slot exactly once, nothing else",
         ),
         StageRow(
@@ -56,10 +69,10 @@ STAGES: dict[Stage, StageRow] = {
             {"sorted_slots": "P", "block_expert": "B", "num_padded": "1"},
             "exact invariants: each live slot once, each block one expert",
         ),
-        StageRow(Stage.GEMM1, ("hidden_states", "w1"), {"gate_up": "TKN"}, "bounded"),
+        StageRow(Stage.GEMM1, ("xq", "xs", "w1"), {"gate_up": "TKN"}, "bounded"),
         StageRow(Stage.ACT, ("gate_up",), {"h": "TKI"}, "bounded"),
         StageRow(Stage.QUANT2, ("h",), {"hq": "TKI", "hs": "TKG"}, "bits given h"),
-        StageRow(Stage.GEMM2, ("h", "w2"), {"y": "TKH"}, "bounded"),
+        StageRow(Stage.GEMM2, ("hq", "hs", "w2"), {"y": "TKH"}, "bounded"),
         StageRow(Stage.COMBINE, ("y", "topk_weights"), {"out": "TH"}, "bounded"),
     )
 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from moeproof.reference.contract.inputs import Inputs
+from moeproof.reference.eager import quant_layer
 from moeproof.reference.eager.activations import activate
 from moeproof.reference.eager.experts import matmul
 from moeproof.reference.eager.router import route
@@ -78,7 +79,12 @@ def run(inputs: Inputs) -> dict[str, Tensor]:
         assert inputs.latent_down is not None
         source = matmul(x, inputs.latent_down).to(dtype)
     if p.weight_on_input:
-        source = weighted_input(source, inputs.topk_weights, torch.where(live_TK, inputs.topk_ids, -1))
+        # Quantising comes before dispatch: there a token counts wherever its expert lives.
+        routed = inputs.topk_ids >= 0 if p.quant.quantised else live_TK
+        source = weighted_input(source, inputs.topk_weights, torch.where(routed, inputs.topk_ids, -1))
+    if p.quant.quantised:
+        shows |= quant_layer.run(inputs, source, local_TK)
+        return shows | {"out": _finish(inputs, shows["y"], live_TK)}
     gate_up = torch.zeros(T, K, p.N, dtype=dtype, device=x.device)
     h = torch.zeros(T, K, p.I, dtype=dtype, device=x.device)
     y = torch.zeros(T, K, p.hidden, dtype=dtype, device=x.device)
@@ -91,6 +97,13 @@ def run(inputs: Inputs) -> dict[str, Tensor]:
         gate_up[rows] = matmul(source[rows.nonzero()[:, 0]], inputs.w1[expert], b1).to(dtype)
         h[rows] = activate(gate_up[rows], p.act).to(dtype)
         y[rows] = matmul(h[rows], inputs.w2[expert], b2).to(dtype)
+    return shows | {"gate_up": gate_up, "h": h, "y": y, "out": _finish(inputs, y, live_TK)}
+
+
+def _finish(inputs: Inputs, y: Tensor, live_TK: Tensor) -> Tensor:
+    """COMBINE of y (T, K, .): weigh, sum, and everything that comes after the experts."""
+    p, x = inputs.problem, inputs.hidden_states
+    T, K = live_TK.shape
     total = torch.zeros(T, p.hidden, dtype=torch.float32, device=x.device)
     for slot in range(K):
         term = y[:, slot].float()
@@ -104,7 +117,5 @@ def run(inputs: Inputs) -> dict[str, Tensor]:
         total = _out_of_latent(inputs, total)
     if p.shared:
         total = total + _shared(inputs)
-    out = total.to(dtype)
-    if p.inplace:
-        out = x.copy_(out)
-    return shows | {"gate_up": gate_up, "h": h, "y": y, "out": out}
+    out = total.to(p.fmt.dtype)
+    return x.copy_(out) if p.inplace else out

@@ -8,7 +8,7 @@ through a GEMM by its squared weights and through the activation by its own fini
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,9 +17,12 @@ from moeproof.reference.contract.inputs import Inputs
 from moeproof.reference.contract.problem import Problem
 from moeproof.reference.contract.schemes import Format
 from moeproof.reference.oracle import activations
-from moeproof.reference.oracle.bounds import U32, combine_error
+from moeproof.reference.oracle.bounds import U32, accumulator, combine_error
 from moeproof.reference.oracle.combine import routed_sum, slot_weights
-from moeproof.reference.oracle.experts import by_expert, gemm1_exact, gemm2_exact, live_slots, local_ids
+from moeproof.reference.oracle.experts import by_expert, gemm1_exact, gemm2_exact, input_rows, live_slots, local_ids
+from moeproof.reference.oracle.products import decoded, grouped, plain
+from moeproof.reference.oracle.quant_stages import quant1, weight
+from moeproof.reference.oracle.requantise import requantised
 from moeproof.reference.oracle.rounding import ulp
 from moeproof.reference.oracle.value import Trace, stored
 
@@ -86,6 +89,8 @@ def _weighted(variance_TKA: Tensor, w_eBA: Tensor, local_TK: Tensor) -> Tensor:
 def _experts(inputs: Inputs, x: Spread, claims: Claims) -> tuple[Spread, Spread, Spread]:
     """gate_up, h and y (T, K, .) of input rows x (T, H)."""
     p, local = inputs.problem, local_ids(inputs)
+    if p.quant.quantised:
+        return _quantised_experts(inputs, claims)
     gate_up = _spread(*gemm1_exact(inputs, x.value, claims), p.fmt)
     if bool(x.variance.any()):
         rows = x.variance[:, None, :].expand(*local.shape, -1)
@@ -93,6 +98,25 @@ def _experts(inputs: Inputs, x: Spread, claims: Claims) -> tuple[Spread, Spread,
     h = _through_activation(gate_up, p, claims)
     y = _spread(*gemm2_exact(inputs, h.value, claims), p.fmt)
     return gate_up, h, Spread(y.value, y.variance + _weighted(h.variance, inputs.w2, local))
+
+
+def _quantised_experts(inputs: Inputs, claims: Claims) -> tuple[Spread, Spread, Spread]:
+    """gate_up, h and y of the quantised experts. xq is exact; h is not, so its codes may flip: `requantised`."""
+    p, scheme, local = inputs.problem, inputs.problem.quant, local_ids(inputs)
+    if scheme.a1 is None:
+        rows = plain(input_rows(inputs, inputs.hidden_states), p.fmt)
+    else:
+        x = decoded(quant1(inputs))
+        rows = replace(x, values=x.values[:, None, :].expand(*local.shape, -1))
+    gate_up = _spread(*grouped(inputs, "w1", rows, inputs.b1, claims, p.N), p.fmt)
+    h = _through_activation(gate_up, p, claims)
+    if scheme.a2 is None:
+        operand, variance = plain(h.value, p.fmt), h.variance
+    else:
+        operand, variance = requantised(inputs, h.value, h.variance)
+    y = _spread(*grouped(inputs, "w2", operand, inputs.b2, claims, p.hidden), p.fmt)
+    w2 = torch.stack([weight(inputs, "w2", expert).values for expert in range(inputs.w2.shape[0])])
+    return gate_up, h, Spread(y.value, y.variance + _weighted(variance, w2, local))
 
 
 def shared_expert(inputs: Inputs, claims: Claims) -> tuple[Tensor, Tensor] | None:
@@ -128,23 +152,34 @@ def project(x_TA: Tensor, w_BA: Tensor, fmt: Format) -> Spread:
     """A dense projection (T, A) -> (T, B) whose result may have been stored in `fmt`."""
     x, w = x_TA.double(), w_BA.double()
     y = x @ w.T
-    error = (1.5 * x.shape[1] / 16 + 8) * U32 * (x.abs() @ w.abs().T)
+    error = accumulator(x.shape[1], fmt, Claims()) * (x.abs() @ w.abs().T)
     return _spread(y, error, fmt)
 
 
 def chain(inputs: Inputs, claims: Claims) -> Trace:
     """gate_up, h, y and out of the whole layer, each with the bound propagated from the inputs."""
+    fmt, live = inputs.problem.fmt, live_slots(inputs)
+    taps = spreads(inputs, claims)
+    return {name: stored(s.value, s.allowed, fmt, None if name == "out" else live) for name, s in taps.items()}
+
+
+def spreads(inputs: Inputs, claims: Claims) -> dict[str, Spread]:
+    """The same four before they are stored: exact values and variances."""
     p = inputs.problem
-    live = live_slots(inputs)
     x = known(inputs.hidden_states)
     if p.latent:
         assert inputs.latent_down is not None
         x = project(x.value, inputs.latent_down, p.fmt)
     gate_up, h, y = _experts(inputs, x, claims)
+    return {"gate_up": gate_up, "h": h, "y": y, "out": finish(inputs, y, claims)}
+
+
+def finish(inputs: Inputs, y: Spread, claims: Claims) -> Spread:
+    """out (T, H) of the experts' y (T, K, .): weigh and sum, scale, leave the latent width, add the shared expert."""
+    p = inputs.problem
     exact, magnitude, quantum = routed_sum(inputs, y.value)
-    w = slot_weights(inputs)[:, :, None]
     own = combine_error(magnitude, p.slots + 1, quantum, p.fmt, claims)
-    total = Spread(exact, (w**2 * y.variance).sum(dim=1) + (own / SIGMAS) ** 2)
+    total = Spread(exact, (_squared_weights(inputs)[:, :, None] * y.variance).sum(dim=1) + (own / SIGMAS) ** 2)
     total = Spread(total.value * p.scale_on_sum, total.variance * p.scale_on_sum**2)
     if p.latent:
         total = _out_of_latent(inputs, total)
@@ -154,9 +189,18 @@ def chain(inputs: Inputs, claims: Claims) -> Trace:
         total = Spread(total.value + value, total.variance + (allowed / SIGMAS) ** 2 + (2 * U32 * value) ** 2)
         if claims.combine == "dtype":
             total = Spread(total.value, total.variance + ulp(total.value, p.fmt) ** 2 / 6)
-    taps = {"gate_up": gate_up, "h": h, "y": y}
-    trace = {name: stored(s.value, s.allowed, p.fmt, live) for name, s in taps.items()}
-    return trace | {"out": stored(total.value, total.allowed, p.fmt)}
+    return total
+
+
+def _squared_weights(inputs: Inputs) -> Tensor:
+    """float64 (T, K): what each slot's variance is multiplied by in the sum over slots.
+
+    Slots of one token that name one expert hold the same y with the same error: their weights add up before they are
+    squared. w_k * (sum of w_j over such slots j) has that sum over the group.
+    """
+    w, ids = slot_weights(inputs), inputs.topk_ids
+    same = ids[:, :, None] == ids[:, None, :]
+    return w * torch.where(same, w[:, None, :], 0.0).sum(dim=2)
 
 
 def _out_of_latent(inputs: Inputs, total: Spread) -> Spread:

@@ -9,7 +9,7 @@ from moeproof.reference.contract.inputs import Inputs
 from moeproof.reference.contract.schemes import Format
 from moeproof.reference.oracle.bounds import U32, combine_error
 from moeproof.reference.oracle.experts import live_slots
-from moeproof.reference.oracle.rounding import lowest_bit
+from moeproof.reference.oracle.rounding import lowest_bit, quanta
 from moeproof.reference.oracle.value import Value, stored
 
 Tensor = torch.Tensor
@@ -30,13 +30,17 @@ def identity_weights(inputs: Inputs) -> Tensor:
     return torch.where(zero, inputs.topk_weights.double(), 0.0).sum(dim=1)
 
 
-def routed_sum(inputs: Inputs, y_TKH: Tensor) -> tuple[Tensor, Tensor, float]:
+def routed_sum(inputs: Inputs, y_TKH: Tensor) -> tuple[Tensor, Tensor, float | Tensor]:
     """(exact, magnitude, quantum): sum over live slots of w * y, and over identity slots of w * x; float64 (T, H)."""
     w = slot_weights(inputs)
     y = torch.where(live_slots(inputs)[:, :, None], y_TKH.double(), 0.0)
     exact = (w[:, :, None] * y).sum(dim=1)
     magnitude = (w.abs()[:, :, None] * y.abs()).sum(dim=1)
-    quantum = lowest_bit(w) * lowest_bit(y)
+    quantum: float | Tensor = lowest_bit(w) * lowest_bit(y)
+    if inputs.problem.quant.quantised:
+        # Scales put tokens and columns into different binades: each output has a quantum of its own.
+        quantum = (quanta(w)[:, :, None] * quanta(y)).nan_to_num(nan=torch.inf, posinf=torch.inf)
+        quantum = quantum.amin(dim=1) if quantum.shape[1] else torch.full_like(exact, torch.inf)
     if inputs.problem.router.zero_experts:
         x, zero = inputs.hidden_states.double(), identity_weights(inputs)[:, None]
         exact, magnitude, quantum = exact + zero * x, magnitude + zero.abs() * x.abs(), 0.0

@@ -34,19 +34,22 @@ def round_to(x: torch.Tensor, fmt: Format) -> torch.Tensor:
     return torch.where(rounded.abs() > fmt.max, torch.copysign(torch.full_like(x, torch.inf), x), rounded)
 
 
-def lowest_bit(x: torch.Tensor) -> float:
-    """Largest power of two that divides every element of float64 x; inf where all are zero, 0 where one is not finite.
-
-    With it a sum can be proved exact: products of multiples of p and q are multiples of p*q, and float32 holds every
-    multiple of p*q up to 2^24 * p*q, so partial sums never round, whatever their order.
-    """
+def quanta(x: torch.Tensor) -> torch.Tensor:
+    """Largest power of two that divides each element of float64 x; inf for zeros, 0 for what is not finite."""
     flat = x.contiguous().view(torch.int64)
     mantissa = flat & ((1 << 52) - 1)
     exponent = (flat >> 52) & 0x7FF
     whole = torch.where(exponent > 0, mantissa | (1 << 52), mantissa)
     lowest = (whole & -whole).double()
     quantum = lowest * 2.0**-52 * power_of_two(exponent.clamp(min=1, max=2046) - 1023)
-    nonzero = torch.where(whole == 0, torch.full_like(quantum, torch.inf), quantum)
-    if bool((exponent == 0x7FF).any()):
-        return 0.0
-    return float(nonzero.min()) if nonzero.numel() else float("inf")
+    quantum = torch.where(whole == 0, torch.full_like(quantum, torch.inf), quantum)
+    return torch.where(exponent == 0x7FF, 0.0, quantum)
+
+
+def lowest_bit(x: torch.Tensor) -> float:
+    """Largest power of two that divides every element of float64 x; inf where all are zero, 0 where one is not finite.
+
+    With it a sum can be proved exact: products of multiples of p and q are multiples of p*q, and float32 holds every
+    multiple of p*q up to 2^24 * p*q, so partial sums never round, whatever their order.
+    """
+    return float(quanta(x).min()) if x.numel() else float("inf")

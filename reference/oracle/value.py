@@ -24,6 +24,8 @@ class Value:
     bound: torch.Tensor | None = None
     live: torch.Tensor | None = None
     fmt: Format | None = None
+    error: torch.Tensor | None = None
+    """The part of the bound that precedes the final rounding, where the value is the exact result."""
 
 
 Trace = Mapping[str, Value]
@@ -38,4 +40,4 @@ def stored(exact: torch.Tensor, error: torch.Tensor, fmt: Format, live: torch.Te
     rounded = round_to(exact, fmt)
     proved = error == 0
     bound = torch.where(proved, 0.0, error + ulp(exact.abs() + error, fmt) / 2)
-    return Value(torch.where(proved, rounded, exact), bound, live, fmt)
+    return Value(torch.where(proved, rounded, exact), bound, live, fmt, error)

@@ -1,8 +1,4 @@
-"""moeproof: proves Mixture-of-Experts kernels right.
-
-from moeproof import verify
-verify(my_moe).raise_for_failures()
-"""
+"""moeproof: proves Mixture-of-Experts kernels right. The front door is `verify(my_moe).raise_for_failures()`."""
 
 from typing import TYPE_CHECKING, Any
 

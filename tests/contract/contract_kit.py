@@ -26,6 +26,7 @@ from moeproof.reference.contract import (
     Inputs,
     Pair,
     Problem,
+    RankPair,
 )
 from moeproof.reference.eager.candidates import candidates as eager_candidates
 
@@ -36,7 +37,7 @@ SIZES: dict[str, Any] = {"T": 5, "H": 20, "I": 12, "E": 7, "K": 3}
 
 
 def _collect() -> list[Candidate | Pair]:
-    found = eager_candidates()
+    found = [c for c in eager_candidates() if not isinstance(c, RankPair)]
     if modes.has_triton():
         from moeproof.optimized.candidates import candidates as optimized_candidates
 

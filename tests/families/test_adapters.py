@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from moeproof.harness import report, workers
 from moeproof.harness.generator import Stream
 from moeproof.reference.contract import FORMATS, Activation, Candidate, Claims, Inputs, Problem, expert_map
 from moeproof.reference.oracle import activate, chain
@@ -100,6 +102,17 @@ def test_transformers_grouped_mm_minus_one_is_caught(dtype: str) -> None:
     assert not agreement.holds
     assert agreement.bad > 100
     assert judged(CANDIDATES[2], inputs).holds, "translated to transformers' own convention it must be right"
+
+
+@pytest.mark.parametrize(("routing", "code"), [("uniform", 0), ("minus1", 1)])
+def test_the_worked_example_of_the_docs(routing: str, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """docs/plugging-in.md: the same kernel passes where every slot is routed, and fails with a replay line where not."""
+    path = Path(__file__).parents[2] / "docs/examples/transformers_experts.py"
+    work = workers.plan([], [f"T=33,H=64,I=48,E=8,K=2,routing={routing},seed=1"], "", 0, 0, "bf16", False)
+    verdicts = list(workers.run([f"{path}:grouped_mm"], work, "interpret", 1))
+
+    assert report.verify(verdicts, work, json=False) == code
+    assert (f"--candidate {path}:grouped_mm" in capsys.readouterr().out) == bool(code)
 
 
 def test_without_dropped_slots_the_raw_adapter_is_right() -> None:

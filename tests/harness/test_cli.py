@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -56,11 +57,16 @@ def test_verify_fails_with_finding_and_replay_line(
     kernels: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code = moeproof(monkeypatch, "verify", f"{kernels}:zeros", "--case", LINE, "--jobs", "1")
-    out = " ".join(capsys.readouterr().out.split())
+    lines = capsys.readouterr().out.splitlines()
 
     assert code == 1
-    assert "COMBINE out: wrong value" in out
-    assert f'moeproof replay "{LINE}" --candidate zeros' in out
+    found = next(line for line in lines if "COMBINE out: wrong value" in line)
+    replay = next(line for line in lines if "moeproof replay" in line)
+    assert replay.strip() == f'moeproof replay "{LINE}" --candidate {kernels}:zeros'
+
+    code = moeproof(monkeypatch, *shlex.split(replay)[1:])
+    assert code == 1
+    assert found in capsys.readouterr().out.splitlines()
 
 
 def test_json_lines_end_in_a_summary(kernels: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

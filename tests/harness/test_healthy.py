@@ -5,10 +5,10 @@ from __future__ import annotations
 import pipeline
 import pytest
 
-from moeproof.harness.case import Case, parse_case
+from moeproof.harness.case import LOGITS, ROUTINGS, Case, parse_case
 from moeproof.harness.judge import judge
 from moeproof.harness.registry import find_candidates
-from moeproof.harness.sample import draw
+from moeproof.harness.sample import SAMPLED_VALUES, draw
 from moeproof.harness.tiers import TIERS, cases_of
 from moeproof.harness.verdict import Outcome
 
@@ -50,13 +50,13 @@ def test_tiers_contain_each_other() -> None:
     quick, full = (cases_of(t) for t in ("quick", "full"))
     assert full[: len(quick)] == quick
     assert len(full) > 200
-    assert list(TIERS) == ["quick", "full", "soak"]
+    assert list(TIERS) == ["quick", "full", "soak", "sweep"]
 
 
 def test_the_sample_covers_every_recipe_and_feature() -> None:
     drawn = [draw(seed) for seed in range(1000)]
-    for field, values in (("values", 4), ("routing", 8), ("logits", 4)):
-        assert len({getattr(c, field) for c in drawn}) == values
+    for field, values in (("values", SAMPLED_VALUES), ("routing", ROUTINGS), ("logits", LOGITS)):
+        assert {getattr(c, field) for c in drawn} == set(values)
     problems = [c.problem for c in drawn]
     assert len({p.act.name for p in problems}) == 12
     assert len({p.router.score for p in problems}) == 5

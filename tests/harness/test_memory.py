@@ -82,3 +82,19 @@ def test_holes_of_strided_views_are_guarded() -> None:
     assert bool(hole.isnan())
     hole.fill_(0.0)
     assert [g.name for g in guards if g.damage()] == ["hidden_states"]
+
+
+def test_index_minus_one_reads_the_pattern() -> None:
+    """A row, an expert or a table entry before the first is poison, however wide it is."""
+    inputs = make_inputs(parse_case("T=5,H=40,I=24,E=4,K=2,ep=2,seed=1"))
+    copy, guards = guard_inputs(inputs, "nan")
+    for name in ("hidden_states", "w1", "w2"):
+        t = getattr(copy, name)
+        before = t.as_strided(t.shape[1:], t.stride()[1:], t.storage_offset() - t.stride(0))
+        assert bool(before.isnan().all()), name
+    assert copy.expert_map is not None
+    entry = copy.expert_map
+    assert int(entry.as_strided((1,), (1,), entry.storage_offset() - 1)) == 0x7F7F7F7F
+
+    copy.w1.as_strided((1,), (1,), copy.w1.storage_offset() - copy.w1.stride(0)).fill_(0)
+    assert [g.name for g in guards if g.damage()] == ["w1"]

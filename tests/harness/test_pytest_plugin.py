@@ -50,7 +50,7 @@ def test_failure_shows_finding_and_replay_line(project: pytest.Pytester) -> None
     result = project.runpytest_subprocess("--moe-case", LINE, "--moe-backend", "moe", "--moe-backend", "halved", "-q")
 
     result.assert_outcomes(passed=1, failed=1)
-    result.stdout.fnmatch_lines(["*COMBINE out: wrong value*", f'*moeproof replay "{LINE}" --candidate halved*'])
+    result.stdout.fnmatch_lines(["*COMBINE out: wrong value*", f'*moeproof replay "{LINE}" --candidate conftest.py:halved*'])
 
 
 def test_quick_tier_under_xdist(project: pytest.Pytester) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
 
 import torch
 
+from moeproof.harness import modes
 from moeproof.reference.contract import Activation, Router
 
 Tensor = torch.Tensor
-DEVICE = "cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"
+DEVICE = modes.default_device()
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 TINY = {torch.float32: 2.0**-120, torch.float16: 2.0**-25, torch.bfloat16: 2.0**-120}

@@ -1,0 +1,95 @@
+"""Every pair for several ranks on random worlds of 2 to 64 simulated ranks: no false alarm, every refusal with its reason.
+
+    python ci/simulated_ranks.py [--count 300] [--output docs/results/simulated-ranks.json]
+
+One call of a pair on one world is one judgement; all ranks' tensors are judged (harness.rank_checks). tests/ranks runs a part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+
+from moeproof.harness.case import Case
+from moeproof.harness.inputs import make_inputs
+from moeproof.harness.rank_checks import WorldExpectation, judge_world
+from moeproof.harness.rank_pairs import run_rank, support
+from moeproof.harness.registry import find_rank_pairs
+from moeproof.harness.world_sample import world_sample
+from moeproof.harness.worlds import make_world_inputs, whole_case
+from moeproof.reference.contract import RankPair
+from moeproof.reference.eager.ranks_link import on_threads
+
+TIMEOUT = 120.0
+
+
+def judge(pair: RankPair, case: Case) -> tuple[str, int, float, str]:
+    """(outcome, facts checked, worst ratio, reason)."""
+    reason = support(pair, case.world, "simulated")
+    if reason:
+        return "unsupported", 0, 0.0, reason
+    inputs = make_world_inputs(case)
+    results = on_threads(case.ranks, lambda link: run_rank(pair, [inputs[link.rank]], case.world, link), TIMEOUT)
+    errors = [f"{type(r).__name__}: {r}" for r in results if isinstance(r, Exception)]
+    if errors:
+        return "error", 0, 0.0, errors[0]
+    expect = WorldExpectation(case.world, make_inputs(whole_case(case)), pair.claims)
+    judged = judge_world(expect, [rank[0] for rank in results])
+    checked, ratio = sum(c.checked for c in judged.values()), max(c.ratio for c in judged.values())
+    findings = [str(f) for c in judged.values() for f in c.findings]
+    return ("fail", checked, ratio, findings[0]) if findings else ("pass", checked, ratio, "")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=300)
+    parser.add_argument("--start", type=int, default=0)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    pairs = [pair for pair in find_rank_pairs() if pair.backend == "torch"]
+    outcomes, reasons, ranks = Counter[str](), Counter[str](), Counter[int]()
+    checked, worst, start = 0, 0.0, time.perf_counter()
+    for case in world_sample(options.count, options.start):
+        for pair in pairs:
+            outcome, facts, ratio, reason = judge(pair, case)
+            outcomes[outcome] += 1
+            checked, worst = checked + facts, max(worst, ratio)
+            if outcome == "unsupported":
+                reasons[reason.split(":")[0].split(",")[0]] += 1
+            else:
+                ranks[case.ranks] += 1
+            if outcome in ("fail", "error"):
+                print(f"{outcome} {pair.name} on {case}: {reason}", flush=True)
+    result = {
+        "command": f"python ci/simulated_ranks.py --count {options.count} --start {options.start}",
+        "worlds": options.count,
+        "pairs": [pair.name for pair in pairs],
+        **{name: outcomes[name] for name in ("pass", "fail", "error", "unsupported")},
+        "facts_checked": checked,
+        "worst_ratio": round(worst, 4),
+        "judged_by_ranks": {str(n): ranks[n] for n in sorted(ranks)},
+        "unsupported_because": dict(reasons.most_common()),
+        "seconds": round(time.perf_counter() - start, 1),
+        "environment": f"torch {torch.__version__}, Python {platform.python_version()}, CPU, one thread per rank",
+    }
+    text = json.dumps(result, indent=1)
+    print(text)
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(text + "\n", encoding="utf-8")
+    return 1 if outcomes["fail"] or outcomes["error"] or not outcomes["pass"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

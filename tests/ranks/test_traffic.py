@@ -1,0 +1,91 @@
+"""What travels: the same collectives on every rank, sizes that depend on what they may depend on, no token twice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from rank_kit import PAIRS, every_pair, line_for, on_ranks
+
+from moeproof.harness.case import parse_case
+from moeproof.harness.rank_pairs import run_rank
+from moeproof.harness.worlds import make_world_inputs
+from moeproof.reference.contract import Link
+from moeproof.reference.ranks import sent_tokens
+
+Entry = tuple[str, tuple[int, ...], tuple[int, ...]]
+
+
+class Recording:
+    """A link that writes down every collective: name, shape of what is given, rows sent to each rank."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self.entries: list[Entry] = []
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._link, name)
+        if not callable(value):
+            return value
+
+        def call(x: torch.Tensor, *splits: Any) -> Any:
+            self.entries.append((name, tuple(x.shape), tuple(splits[0]) if splits else ()))
+            return value(x, *splits)
+
+        return call
+
+
+def traffic(name: str, line: str) -> list[list[Entry]]:
+    case = parse_case(line)
+    inputs = make_world_inputs(case)
+
+    def body(link: Link) -> list[Entry]:
+        recording = Recording(link)
+        run_rank(PAIRS[name], [inputs[link.rank]], case.world, recording)
+        return recording.entries
+
+    return on_ranks(case.ranks, body)
+
+
+@every_pair
+@pytest.mark.parametrize("extra", ["routing=uniform", "routing=none", "spread=one", "spread=empty,routing=hot", "T=0"])
+def test_every_rank_makes_the_same_collectives_in_the_same_order(name: str, extra: str) -> None:
+    """Also one that has no token, or whose experts get none: P78, P79, P80."""
+    names = [[entry[0] for entry in rank] for rank in traffic(name, line_for(name, 3, extra))]
+
+    assert names[0] and names == [names[0]] * 3
+
+
+def test_batched_messages_depend_on_the_placement_only() -> None:
+    """Graph capture needs sizes that no routing changes."""
+    name = "eager-batched-alltoall"
+    lines = [line_for(name, 3, f"routing={routing},spread=even") for routing in ("uniform", "hot", "dup", "none", "minus1")]
+
+    first, *others = (traffic(name, line) for line in lines)
+
+    assert all(other == first for other in others)
+
+
+@pytest.mark.parametrize("routing", ["uniform", "hot", "dup", "minus1"])
+@pytest.mark.parametrize("extra", ["ranks=3", "ranks=4,tp=2,sp=1"])
+def test_a_token_travels_once_to_each_rank_that_needs_it(routing: str, extra: str) -> None:
+    """With three slots of seven experts on few ranks most tokens have two experts on one rank."""
+    name = "eager-alltoall"
+    line = line_for(name, 3, f"routing={routing},spread=uneven", extra)
+    case = parse_case(line)
+    inputs = make_world_inputs(case)
+    want = sent_tokens(case.world, inputs)
+    pairs = sum(int((i.topk_ids >= 0).sum()) for i in inputs) * case.tp
+    for rank, entries in enumerate(traffic(name, line)):
+        dispatch, combine = (entry for entry in entries if entry[0] == "all_to_all")
+        assert list(dispatch[2]) == want[rank].tolist()
+        assert list(combine[2]) == want[:, rank].tolist()
+
+    assert int(want.sum()) < pairs
+
+
+def test_one_exchange_of_counts_and_one_of_rows() -> None:
+    for entries in traffic("eager-alltoall", line_for("eager-alltoall", 3)):
+        assert [entry[0] for entry in entries] == ["all_gather", "all_gather", "all_to_all", "all_gather", "all_to_all"]
+        assert [entry[1] for entry in entries if entry[0] == "all_gather"] == [(1024,), (3,), (1024,)]
