@@ -115,6 +115,70 @@ def matrix(
     raise typer.Exit(cells.main(config, mode, json))
 
 
+Models = Annotated[list[str] | None, typer.Option("--model", help="Work points of these models; by default all of them.")]
+Tokens = Annotated[list[int] | None, typer.Option("--tokens", help="Tokens of a call; by default each model's own list.")]
+Routings = Annotated[list[str] | None, typer.Option("--routing", help="uniform, zipf; by default both.")]
+
+
+@app.command()
+def bench(
+    candidates: Names = None,
+    model: Models = None,
+    tokens: Tokens = None,
+    routing: Routings = None,
+    dtype: Annotated[str, typer.Option(help="bf16 or fp16.")] = "bf16",
+    peers: Annotated[Optional[Path], typer.Option(help="CSV of stored times to hold the readings against.")] = None,  # noqa: UP045
+    seconds: Annotated[float, typer.Option(help="Replays of one candidate at one point, about.")] = 0.15,
+    stages: Annotated[bool, typer.Option("--stages", help="Also the device time of each kernel, from the profiler.")] = False,
+    output: Annotated[Optional[Path], typer.Option(help="Write all readings as one JSON file.")] = None,  # noqa: UP045
+    plot: Annotated[Optional[Path], typer.Option(help="Draw time and fraction of roof over M (needs matplotlib).")] = None,  # noqa: UP045
+    mode: Mode = "auto",
+    json: Json = False,
+) -> None:
+    """Time candidates at work points of real models; each is held against the oracle first."""
+    from moeproof.harness import bench as timing
+    from moeproof.harness import bench_points, bench_report, modes, workers
+    from moeproof.harness.registry import load_candidates
+
+    workers.settle(mode)
+    device = modes.default_device()
+    chosen = load_candidates(workers.resolve(candidates or []))
+    known = timing.read_peers(peers) if peers else {}
+    small = device == "cpu"
+    few = tuple(tokens or ([4] if small else []))
+    works = bench_points.grid(tuple(model or ()), few, tuple(routing or ()), dtype, small)
+    readings = timing.measure(chosen, works, device, timing.Options(seconds, stages))
+    raise typer.Exit(bench_report.main(readings, known, device, json, output, plot))
+
+
+@app.command()
+def tune(
+    candidate: Annotated[str, typer.Argument(help="The candidate whose configurations are searched.")],
+    model: Models = None,
+    tokens: Tokens = None,
+    routing: Routings = None,
+    dtype: Annotated[str, typer.Option(help="bf16 or fp16.")] = "bf16",
+    output: Annotated[Optional[Path], typer.Option(help="The table; points that are already there are kept.")] = None,  # noqa: UP045
+    trace: Annotated[Optional[Path], typer.Option(help="Every time and refusal, as JSON.")] = None,  # noqa: UP045
+    seconds: Annotated[float, typer.Option(help="The whole search, about.")] = 240.0,
+    mode: Mode = "auto",
+    jobs: Jobs = 0,
+    json: Json = False,
+) -> None:
+    """Search a candidate's configurations, each held against the oracle first, and write the table it chooses from."""
+    from moeproof.harness import bench_points, modes, workers
+    from moeproof.harness import tune as tuning
+
+    workers.settle(mode)
+    device = modes.default_device()
+    small = device == "cpu"
+    few = tuple(tokens or ([4] if small else []))
+    works = bench_points.grid(tuple(model or ()), few, tuple(routing or ()), dtype, small)
+    jobs = jobs or min(os.cpu_count() or 1, 14)
+    found = tuning.tune(candidate, works, output, device, jobs, seconds, lambda line: typer.echo(line, err=True))
+    raise typer.Exit(tuning.main(found, json, trace))
+
+
 @app.command()
 def policies(
     scheme: Annotated[str, typer.Option(help="One scheme; by default all of them.")] = "",

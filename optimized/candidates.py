@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from moeproof.optimized import layer, torch_grouped
+from moeproof.optimized import fused, layer, plans, search, torch_grouped
 from moeproof.optimized.experts import TritonBatchedExperts, TritonExperts
+from moeproof.optimized.plans import Plan
 from moeproof.optimized.prepare_finalize import TritonBatchedPrepareFinalize, TritonNoEPPrepareFinalize
 from moeproof.optimized.quant.candidates import quant_candidates
-from moeproof.reference.contract.candidate import Candidate, Claims, Pair
+from moeproof.reference.contract.candidate import Candidate, Claims, Pair, Tuning
 from moeproof.reference.contract.inputs import Inputs
 from moeproof.reference.contract.problem import Problem
 
@@ -27,6 +28,10 @@ def _layer(problem: Problem) -> str | None:
     if problem.layout != "standard":
         return "this candidate works in the standard layout"
     return _unsupported(problem)
+
+
+def _fused(problem: Problem) -> str | None:
+    return _layer(problem) or fused.unsupported(problem)
 
 
 def _torch_grouped(problem: Problem) -> str | None:
@@ -66,6 +71,15 @@ def _batched(inputs: Inputs) -> TritonBatchedPrepareFinalize:
     return TritonBatchedPrepareFinalize(inputs.problem.rows_per_expert, inputs.w1.size(0))
 
 
+TUNING = Tuning(
+    run=lambda inputs, text: fused.run_plan(inputs, Plan.parse(text)),
+    starts=lambda problem, e: [str(plan) for plan in search.starts(problem, e)],
+    axes=search.AXES,
+    vary=lambda text, axis: [str(plan) for plan in search.vary(Plan.parse(text), axis)],
+    compiled=lambda problem, e: [str(plan) for plan in search.compiled(problem, e)],
+    row=lambda problem, e: fused.point(problem, e).model,
+    selectable=lambda: [str(plan) for plan in plans.selectable("sm90")],
+)
 CLAIMS = Claims(ties="lowest", deterministic="run", total_router=True)
 """Not `batch`: the number of tokens chooses the tile, and with it the order of a product's sum."""
 
@@ -80,6 +94,15 @@ def candidates() -> list[Candidate | Pair]:
             supports=_layer,
             claims=CLAIMS,
             backend="triton",
+        ),
+        Candidate(
+            name="triton-fused",
+            run=fused.run,
+            shows=("topk_ids", "topk_weights", "sorted_slots", "block_expert", "num_padded", "y", "out"),
+            supports=_fused,
+            claims=CLAIMS,
+            backend="triton",
+            tuning=TUNING,
         ),
         Pair(
             name="triton-modular",

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from moeproof.optimized.elementary import sigmoid
+from moeproof.optimized.overlap import after_previous, launch_options
 from moeproof.optimized.slots import Slots, load_ids, local_of_id
 from moeproof.optimized.tiles import interpreted
 from moeproof.reference.contract.errors import check
@@ -20,8 +21,9 @@ def _combine(
     y, weights_TK, rows, x_TH, shared_TH, gate_T, out_TH, T, H, scale, num_zero,
     stride_ys, stride_yh, stride_wt, stride_wk, stride_xt, stride_xh, stride_ot, stride_oh,
     ids, expert_map, stride_t, stride_k, num_experts, num_local, K: tl.constexpr,
-    WEIGHTED: tl.constexpr, SCALED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+    WEIGHTED: tl.constexpr, SCALED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    after_previous(OVERLAP)
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     real = t < T
     t_wide = t.to(tl.int64)
@@ -78,6 +80,7 @@ def combine(
     x_TH: torch.Tensor | None = None,
     shared_TH: torch.Tensor | None = None,
     gate_T: torch.Tensor | None = None,
+    overlap: bool = False,
 ) -> None:
     """out[t] = scale * (sum over live slots of w y + sum over identity slots of w x[t]) + sigmoid(gate[t]) shared[t].
 
@@ -101,4 +104,5 @@ def combine(
         y, weights_TK, rows, x, shared_TH, gate_T, out_TH, T, H, scale, zero_experts,
         *y.stride(), *weights_TK.stride(), *(x.stride() if x is not None else (0, 0)), *out_TH.stride(), *slots.arguments,
         WEIGHTED=weighted, SCALED=scale != 1.0, BLOCK_T=block_t, BLOCK_H=block_h, num_warps=4,
+        **launch_options(overlap),
     )  # fmt: skip

@@ -19,7 +19,7 @@ from moeproof.reference.contract.errors import check
 
 
 @triton.jit
-def _swizzle(pid, num_m, num_n, GROUP_M: tl.constexpr):
+def _swizzle(pid, num_m, num_n, GROUP_M):
     """(block row, block column): GROUP_M block rows take turns at each column, so that they share its weights in L2."""
     first = pid // (GROUP_M * num_n) * GROUP_M
     height = tl.minimum(num_m - first, GROUP_M)

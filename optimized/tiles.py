@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from dataclasses import dataclass
 
 import torch
 import triton
+
+from moeproof.reference.contract.errors import check
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,26 @@ class Tile:
     """Row blocks that run side by side, so that they share a weight tile in L2."""
     warps: int = 4
     stages: int = 3
+    tma: bool = False
+    """Weights arrive by tensor descriptor (Hopper's bulk copies) instead of by a pointer for each element."""
+    per_sm: int = 0
+    """Persistent programs on each multiprocessor, which take turns at the tiles; 0 = a program for each tile."""
+    flat: bool = False
+    """One loop over tiles and steps: a persistent program loads its next tile while it writes the last one."""
+
+    def __str__(self) -> str:
+        """`128x256x64-g8-w8-s3-tma-p1`; `parse` reads it back."""
+        words = [f"{self.block_m}x{self.block_n}x{self.block_k}", f"g{self.group_m}", f"w{self.warps}", f"s{self.stages}"]
+        words += [word for word, has in (("tma", self.tma), (f"p{self.per_sm}", self.per_sm), ("flat", self.flat)) if has]
+        return "-".join(words)
+
+    @classmethod
+    def parse(cls, text: str) -> Tile:
+        found = re.fullmatch(r"(\d+)x(\d+)x(\d+)-g(\d+)-w(\d+)-s(\d+)(-tma)?(?:-p(\d+))?(-flat)?", text)
+        check(found is not None, f"'{text}' is no tile; tiles look like {cls(128, 256, 64, 8, 8, 3, True, 1)}")
+        assert found is not None
+        *sizes, tma, per_sm, flat = found.groups()
+        return cls(*(int(n) for n in sizes), tma=bool(tma), per_sm=int(per_sm or 0), flat=bool(flat))
 
     @property
     def options(self) -> dict[str, int]:
@@ -55,6 +79,14 @@ INTERPRETED = {m: Tile(m, 256, 256) for m in (16, 32, 64, 128)}
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter in this process."""
     return bool(triton.knobs.runtime.interpret)
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of the device; 3 in the interpreter, so that a persistent program has several tiles. 132 is an H100's."""
+    if interpreted():
+        return 3
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def table(dtype: torch.dtype) -> dict[int, Tile]:

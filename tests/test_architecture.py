@@ -31,6 +31,8 @@ ARROWS = [
     ("harness/cli.py", ("torch", "typer", "rich", "reference", "harness", "_version")),
     ("harness/doctor.py", ("torch", "reference", "harness", "_version")),
     ("harness/report.py", ("torch", "rich", "reference", "harness")),
+    ("harness/bench_report.py", ("torch", "rich", "reference", "harness")),
+    ("harness/bench_plot.py", ("matplotlib", "reference", "harness")),
     ("harness/matrix.py", ("torch", "rich", "reference", "harness")),
     ("harness/golden.py", ("torch", "safetensors", "reference", "harness")),
     ("harness/golden_file.py", ("torch", "safetensors", "reference", "harness")),

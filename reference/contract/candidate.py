@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -92,6 +92,26 @@ def _supports_all(_: Problem) -> str | None:
 
 
 @dataclass(frozen=True)
+class Tuning:
+    """What a candidate lets `moeproof tune` choose. A configuration is a line of text; `e` counts the experts held here."""
+
+    run: Callable[[Inputs, str], torch.Tensor | Mapping[str, torch.Tensor]]
+    """The candidate's `run` with this configuration, whatever its tables say."""
+    starts: Callable[[Problem, int], Sequence[str]]
+    """Configurations to begin with at (problem, e), each of another kind."""
+    axes: tuple[str, ...]
+    """What can be changed one at a time, in the order in which it is tried."""
+    vary: Callable[[str, str], Sequence[str]]
+    """(configuration, axis) -> configurations that differ from it in that axis only."""
+    compiled: Callable[[Problem, int], Sequence[str]]
+    """Configurations that between them compile every kernel the search at (problem, e) may launch."""
+    row: Callable[[Problem, int], str]
+    """The row of the table that (problem, e) belongs to; its columns are numbers of tokens."""
+    selectable: Callable[[], Sequence[str]]
+    """Every configuration that some problem can get: all of them are to be verified, not only the chosen one."""
+
+
+@dataclass(frozen=True)
 class Candidate:
     """Something to judge.
 
@@ -106,6 +126,8 @@ class Candidate:
     supports: Callable[[Problem], str | None] = _supports_all
     claims: Claims = field(default_factory=Claims)
     backend: str = "torch"
+    tuning: Tuning | None = None
+    """None: nothing to tune."""
     source: str = ""
     """How a command line names it where it is not installed: `module:attribute` or `path/to/file.py:attribute`."""
 

@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from moeproof.optimized import dispatch, experts, layer, prepare_finalize, tiles
+from moeproof.optimized import dispatch, experts, fused, layer, plans, prepare_finalize, tiles
 from moeproof.optimized.activation import activate
 from moeproof.optimized.align import Alignment
 from moeproof.optimized.grouped_gemm import grouped_gemm
@@ -159,10 +159,18 @@ def weigh() -> None:
         dispatch.weigh_input(torch.empty(8, 64, dtype=dtype), torch.empty(8, 1))
 
 
+def every_rule() -> None:
+    """The fused layer's plans for models that no table knows; ci/kernel_resources.py compiles all that may ever run."""
+    for plan in (plans.STRIPS, *(plan for _, plan in plans.RULE)):
+        Driver.case = f"plan {plan}"
+        fused.run_plan(inputs(problem("T=64,H=512,I=256,E=8,K=2")), plan)
+
+
 PARTS: dict[str, Callable[[], None]] = {
     "pairs": functools.partial(pairs, "T=64,H=512,I=256,E=8,K=2"),
     "every tile": every_tile,
     "every activation": every_activation,
+    "every rule": every_rule,
     "weight on input": weigh,
 } | {name: functools.partial(run_layer, line) for name, line in MODELS.items()}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import moeproof
 
-PARTS = ("pairs", "every tile", "deepseek prefill", "ragged")
+PARTS = ("pairs", "every tile", "every rule", "deepseek prefill", "ragged")
 """compile_only.py without arguments compiles more."""
 SOURCES = Path(moeproof.__file__).parents[1]
 
@@ -25,5 +25,6 @@ def test_kernels_compile_without_spills() -> None:
     kernels = {line["kernel"] for line in lines}
 
     assert kernels >= {"_route", "_count", "_place", "_grouped", "_batched", "_activate", "_combine", "_move", "_clear_dead"}
+    assert kernels >= {"_fused", "_vector_gate_up", "_vector_down"}
     assert not [line for line in lines if line["stack"]]
     assert all(line["registers"] <= 255 for line in lines)

@@ -1,0 +1,102 @@
+"""Verify every plan that the fused layer can choose, and every tile and strip the search may try, not only today's choice.
+
+    PYTHONPATH=src python ci/every_plan.py [--kinds] [--mode auto] [--output docs/results/every-plan.json]
+
+Small cases with ragged sizes around the tiles' edges, through the judge. --kinds takes one plan of each kind only.
+Exit code 0 when every verdict is PASS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from moeproof.harness import modes
+from moeproof.harness.case import parse_case
+from moeproof.harness.judge import judge
+from moeproof.harness.verdict import Outcome, Verdict
+from moeproof.reference.contract.candidate import Candidate
+
+TILE_CASES = (
+    "T=33,H=136,I=72,E=5,K=3",
+    "T=70,H=72,I=136,E=2,K=1,routing=minus1",
+    "T=9,H=80,I=40,E=4,K=2,dtype=fp16,act=swigluoai,expert_bias=1,routing=dup",
+    "T=16,H=64,I=64,E=6,K=2,values=sat,routing=empty",
+)
+"""Rows, columns and steps that end inside a tile; one slot a token, written at once; biases; exact arithmetic."""
+STRIP_CASES = (
+    "T=3,H=72,I=40,E=4,K=2,routing=dup",
+    "T=1,H=40,I=72,E=4,K=1",
+    "T=2,H=24,I=16,E=4,K=3,dtype=fp16,act=swigluoai,expert_bias=1,routing=minus1",
+)
+"""For few tokens, as they are chosen."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kinds", action="store_true")
+    parser.add_argument("--mode", default="auto")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    modes.choose(options.mode)
+    start = time.monotonic()
+    verdicts: list[tuple[str, Verdict]] = []
+    texts = plans(options.kinds)
+    for cases, mine in ((TILE_CASES, False), (STRIP_CASES, True)):
+        for line in cases:
+            for text in (t for t in texts if t.startswith("v") is mine):
+                verdict = judge(candidate(text), parse_case(line))
+                verdicts.append((text, verdict))
+                if verdict.outcome is not Outcome.PASS:
+                    print(f"{text}\n{verdict}"[:600], flush=True)
+    passed = sum(v.outcome is Outcome.PASS for _, v in verdicts)
+    print(f"{passed} of {len(verdicts)} verdicts pass, {time.monotonic() - start:.0f} s")
+    if options.output:
+        record = {
+            "command": "python ci/every_plan.py " + " ".join(sys.argv[1:]),
+            "environment": verdicts[0][1].environment,
+            "pass": passed,
+            "of": len(verdicts),
+            "verdicts": [_as_dict(text, v) for text, v in verdicts],
+        }
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return 0 if verdicts and passed == len(verdicts) else 1
+
+
+def _as_dict(text: str, v: Verdict) -> dict[str, object]:
+    return {"plan": text, "case": str(v.case), "outcome": v.outcome.value, "worst_ratio": round(v.worst_ratio, 4)}
+
+
+def plans(kinds_only: bool) -> list[str]:
+    """Lines of plans, overlapping launches included where the device has them."""
+    from moeproof.optimized import search
+    from moeproof.optimized.plans import Plan, fit, selectable
+
+    found = selectable("sm90")
+    if kinds_only:
+        found += [Plan.parse(f"{text} {text}") for texts in search.STARTS.values() for text in texts]
+        found += [Plan(search.STRIPS[2], search.STRIPS[2], True), Plan.parse("16x64x128-g1-w4-s4 16x64x128-g1-w4-s4 overlap")]
+        found.append(Plan.parse("16x64x128-g1-w4-s4-tma 16x64x128-g1-w4-s4-tma"))
+        found.append(Plan.parse("128x256x64-g8-w8-s3-tma-p1-flat 128x256x64-g8-w8-s3-tma-p1-flat"))
+    else:
+        found += [Plan(tile, tile, overlap) for tile in search.TILES for overlap in (False, True)]
+        found += [Plan(strip, strip, overlap) for strip in search.STRIPS for overlap in (False, True)]
+    device = torch.device(modes.default_device())
+    return list(dict.fromkeys(str(fit(plan, device)) for plan in found))
+
+
+def candidate(text: str) -> Candidate:
+    from moeproof.optimized.candidates import CLAIMS, TUNING
+
+    return Candidate(name="triton-fused", run=lambda inputs: TUNING.run(inputs, text), claims=CLAIMS, backend="triton")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

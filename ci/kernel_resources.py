@@ -1,0 +1,98 @@
+"""Registers, shared memory and spills of every tile and strip that the fused layer may use, compiled for sm_90 without a GPU.
+
+    PYTHONPATH=src python ci/kernel_resources.py [docs/results/kernel-resources-sm90.json] [--jobs 2]
+
+Exit code 1 where a kernel spills, or needs more than an H100 has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "optimized"))
+LINES = {
+    "bf16": "T=64,H=2048,I=768,E=8,K=2",
+    "bf16, ragged steps": "T=64,H=2880,I=2880,E=8,K=2",
+    "fp16, one slot": "T=64,H=2048,I=1024,E=8,K=1,dtype=fp16",
+}
+"""Every specialisation that the sizes of real models lead to: whole and ragged steps, slots combined or written at once."""
+
+
+def compile_all(share: int, of: int) -> None:
+    """Every `of`-th job, in this process; one JSON line a kernel."""
+    import compile_only
+    import torch
+    from triton.runtime import driver
+    from triton.runtime.errors import OutOfResources
+
+    from moeproof.optimized import fused, search
+    from moeproof.optimized.plans import Plan, selectable
+
+    driver.set_active(compile_only.Driver())
+    torch.set_num_threads(1)
+    plans = [Plan(t, t, t.block_m <= 32) for t in search.TILES] + [Plan(s, s, True) for s in search.STRIPS]
+    plans += selectable("sm90")
+    jobs = [(str(plan), plan, name) for plan in dict.fromkeys(plans) for name in LINES]
+    for text, plan, name in jobs[share::of]:
+        compile_only.Driver.case = f"{text}: {name}"
+        try:
+            fused.run_plan(compile_only.inputs(compile_only.problem(LINES[name])), plan)
+        except OutOfResources as error:
+            print(json.dumps({"case": compile_only.Driver.case, "kernel": "_fused", "refused": str(error)}), flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("output", type=Path, nargs="?")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--share", type=int)
+    options = parser.parse_args()
+    if options.share is not None:
+        compile_all(options.share, options.jobs)
+        return 0
+    with ThreadPoolExecutor(options.jobs) as pool:
+        lines = [line for found in pool.map(lambda i: _child(i, options.jobs), range(options.jobs)) for line in found]
+    kernels = [line for line in lines if line["kernel"] in ("_fused", "_vector_gate_up", "_vector_down")]
+    bad = [line for line in kernels if line.get("stack") or "refused" in line]
+    for line in bad:
+        print(json.dumps(line))
+    print(f"{len(kernels)} kernels, {len(bad)} that spill or do not fit")
+    if options.output:
+        _write(options.output, kernels)
+    return 1 if bad or not kernels else 0
+
+
+def _child(share: int, jobs: int) -> list[dict[str, Any]]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, __file__, "--share", str(share), "--jobs", str(jobs)]
+    child = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if child.returncode:
+        raise RuntimeError(child.stderr[-3000:])
+    return [json.loads(line) for line in child.stdout.splitlines()]
+
+
+def _write(path: Path, kernels: list[dict[str, Any]]) -> None:
+    from importlib.metadata import version
+
+    record = {
+        "command": "python ci/kernel_resources.py",
+        "target": "sm_90, compiled without a GPU",
+        "versions": {name: version(name) for name in ("torch", "triton")},
+        "kernels": sorted(kernels, key=lambda line: (line["kernel"], line["case"])),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".part")
+    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
