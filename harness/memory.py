@@ -20,7 +20,7 @@ Tensor = torch.Tensor
 GUARD = 512
 """Bytes on each side: keeps the alignment that CUDA's allocator promises."""
 PATTERNS = ("nan", "ff", "big")
-"""NaN in floats and huge integers; all bits set (-1 in ids); 1e4 in floats and small positive integers."""
+"""NaN in floats and huge integers; all bits set (-1 in ids); 1e4 in floats and 1 in integers."""
 
 _aten = torch.ops.aten
 _EMPTY = (_aten.empty.memory_format, _aten.empty_strided.default, _aten.empty_like.default, _aten.new_empty.default)
@@ -33,6 +33,8 @@ def fill(t: Tensor, pattern: str) -> None:
         t.view(torch.uint8).fill_(0xFF)
     elif t.is_floating_point() and t.element_size() > 1:
         t.fill_(float("nan") if pattern == "nan" else 1e4)
+    elif pattern == "big" and not t.is_floating_point():
+        t.fill_(1)  # an id, count or slot number that looks valid: an unwritten one must show as a wrong one
     else:
         t.view(torch.uint8).fill_(0x7F if pattern == "nan" else 0x01)
 
