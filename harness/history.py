@@ -83,9 +83,7 @@ def judge_sequence(thing: object, case: Case, device: str | None = None) -> Verd
     return _verdict(candidate, case, device, start, Outcome.PASS, checked=checked)
 
 
-def _one_call(
-    candidate: Candidate, case: Case, device: str, judged: bool = True
-) -> tuple[Shown, list[Finding], str, int]:
+def _one_call(candidate: Candidate, case: Case, device: str, judged: bool = True) -> tuple[Shown, list[Finding], str, int]:
     """(what was shown, findings, error, facts checked); the arguments are destroyed before this returns."""
     inputs = make_inputs(case, device)
     given, _ = guard_inputs(inputs, "nan")

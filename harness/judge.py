@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -109,6 +109,16 @@ def _decide(
             words = "two runs on the same inputs differ, and the candidate claims the same bits from run to run"
             return make(Outcome.FLAKY, findings=tuple(Finding(TENSORS[n], n, words) for n in changed))
         words = f"the result depends on what unwritten memory held ({' against '.join(PATTERNS)})"
+        # Where one of the patterns gives a wrong result, that is the better story: it has a stage and coordinates.
+        for pattern, run in zip(PATTERNS[1:], runs[1:], strict=True):
+            worse, _ = judge_shown(run.shown, expect)
+            told = [
+                replace(f, message=f"{f.message} where unwritten memory holds '{pattern}'")
+                for r in worse.values()
+                for f in r.findings
+            ]
+            if told:
+                return make(Outcome.FAIL, findings=tuple(told))
         return make(Outcome.FAIL, findings=tuple(Finding(TENSORS[n], n, words) for n in changed))
     reasons = [why for name, value in values.items() if (why := vacuous(name, value))]
     if reasons:

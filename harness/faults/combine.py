@@ -19,9 +19,7 @@ class CombineSteps(ActSteps):
         """y (T, K, H') unweighted, weights (T, K) as they arrived -> out (T, H)."""
         p, x = inputs.problem, inputs.hidden_states
         w = self.slot_weights(weights, inputs.topk_ids, p.weight_on_input)
-        parts = [
-            self.sum_slots(*self.chunk(y, w, start, min(start + CHUNK, p.T)), start) for start in range(0, p.T, CHUNK)
-        ]
+        parts = [self.sum_slots(*self.chunk(y, w, start, min(start + CHUNK, p.T)), start) for start in range(0, p.T, CHUNK)]
         total = torch.cat(parts) if parts else torch.zeros(0, p.hidden)
         if p.router.zero_experts:
             identity = (inputs.topk_ids >= p.E) & (inputs.topk_ids < p.routed_ids)

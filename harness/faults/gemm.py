@@ -47,11 +47,12 @@ class GemmSteps:
         # Any order of experts is legal; the last comes first, so that what runs over into a neighbour stays visible.
         for expert in reversed(range(-1, w.shape[0])):
             rows = (row_owner == expert).nonzero().flatten()
-            if not rows.numel() or not self.wanted(expert):
+            if not rows.numel() or not a.shape[0] or not self.wanted(expert):
                 continue
             there, here = self.tile_rows(rows, source, target)
             x = torch.where(here[:, None] >= 0, a[there.clamp(0, max(a.shape[0] - 1, 0))].float(), 0.0)
-            acc = self.multiply(name, x, w[expert].float(), None if bias is None else bias[expert].float(), tile)
+            bias_B = None if bias is None else bias[expert].float()
+            acc = self.multiply(name, x, w[expert].float(), bias_B, tile, int((here >= 0).sum()))
             self.store(name, out, here, acc, tile, plan)
 
     def tile_rows(self, rows: Tensor, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,9 +71,9 @@ class GemmSteps:
         """What the loop over the depth multiplies: the last tile is masked, so exactly the operands."""
         return a, w
 
-    def multiply(self, name: str, x: Tensor, w: Tensor, bias: Tensor | None, tile: Tile) -> Tensor:
-        """float32 (rows, B)."""
-        if self.split_k(x.shape[0]):
+    def multiply(self, name: str, x: Tensor, w: Tensor, bias: Tensor | None, tile: Tile, live: int) -> Tensor:
+        """float32 (rows, B), of which `live` are no padding."""
+        if self.split_k(live):
             acc = self.clear_partial(torch.empty(x.shape[0], w.shape[0]))
             for part in torch.arange(x.shape[1]).split(tile.K):
                 acc += x[:, part] @ w[:, part].T

@@ -77,7 +77,7 @@ class PermuteSteps:
         return Plan(slots, blocks, used, block, flat.numel(), counts)
 
     def count(self, flat: Tensor, num_local: int) -> Tensor:
-        return torch.bincount(flat[flat >= 0], minlength=num_local)[:num_local]
+        return torch.bincount(flat[(flat >= 0) & (flat < num_local)], minlength=num_local)
 
     def pad(self, counts: Tensor, block: int) -> Tensor:
         return (counts + block - 1) // block * block

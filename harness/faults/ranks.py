@@ -25,6 +25,11 @@ IDLE_S = 2.0
 STAGE = {"dispatch": Stage.DISPATCH, "gather": Stage.DISPATCH, "combine": Stage.COMBINE}
 
 
+def rounds_of(tokens: int) -> int:
+    """Dispatches that this many tokens need; one at least."""
+    return max(-(-tokens // CHUNK), 1)
+
+
 class RankProgram:
     """Which collectives a rank enters in one call."""
 
@@ -38,7 +43,7 @@ class RankProgram:
         return "dispatch" if max(sizes) > CHUNK else "gather"
 
     def rounds(self, sizes: Sequence[int], rank: int) -> int:
-        return max(-(-max(sizes) // CHUNK), 1)
+        return rounds_of(max(sizes))
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,7 @@ def _child(report: Connection, edit: Edit, armed: bool, worlds: Sequence[Sequenc
 def watch(edits: str, variant: str, armed: bool, worlds: Sequence[Sequence[int]]) -> tuple[int, Stuck | None]:
     """(times the faulty branch fired, the first hang). `edits` is the id of the fault: edits do not travel, names do."""
     context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["moeproof.harness.faults.catalogue"])
     receive, send = context.Pipe(duplex=False)
     child = context.Process(target=_child_by_name, args=(send, edits, variant, armed, list(worlds)), daemon=True)
     child.start()
@@ -141,7 +147,8 @@ def name_the_stuck(at: dict[int, tuple[int, str]], world: int) -> Finding:
     there = [rank for rank in waiting if at[rank] == majority]
     absent = [rank for rank in range(world) if rank not in there]
     others = ", ".join(
-        f"rank {rank} " + (f"is in collective {at[rank][0]} ({at[rank][1]})" if rank in waiting else "has left") for rank in absent
+        f"rank {rank} " + (f"is in collective {at[rank][0]} ({at[rank][1]})" if rank in waiting else "has left")
+        for rank in absent
     )
     words = f"ranks {there} wait in collective {index} ({name}); {others}"
     stage = STAGE.get(name.split(" ")[0], Stage.DISPATCH)

@@ -7,18 +7,17 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
 from moeproof.harness.case import Case
 from moeproof.harness.faults import ranks
-from moeproof.harness.faults.fault import CHANCES, Dice, Fault, Witness, plant
-from moeproof.harness.faults.place import right_place
+from moeproof.harness.faults.fault import CHANCES, Dice, Fault, plant
 from moeproof.harness.faults.pipeline import Pipeline, candidate
+from moeproof.harness.faults.place import right_place
 from moeproof.harness.faults.replayed import Replayed
 from moeproof.harness.faults.world import SPLITS, TensorParallel, World, world_candidate
 from moeproof.harness.history import judge_repeats, judge_replay, judge_sequence
 from moeproof.harness.inputs import make_inputs
 from moeproof.harness.judge import judge
+from moeproof.harness.memory import PATTERNS, Poison, guard_inputs
 from moeproof.harness.verdict import Finding, Outcome, Verdict
 from moeproof.reference.contract.candidate import Candidate
 from moeproof.reference.contract.inputs import Inputs
@@ -78,10 +77,10 @@ def _fires(fault: Fault, variant: str, number: int, case: Case) -> bool:
     """Would one plain call fire it? Spares the judgement of cases that cannot."""
     pipeline, _ = ground_of(fault, number)
     witness = plant(pipeline, fault.variants[variant])
-    # The call may write to its arguments, as a faulty one may: not to those of the next case.
-    inputs = _inputs(case)
+    given, _ = guard_inputs(_inputs(case), "nan")
     try:
-        pipeline(inputs.map({name: t.clone() for name, t in inputs.tensors() if not case.strided}))
+        with Poison("nan"):
+            pipeline(given)
     except Exception:  # what the fault threw shows in the judgement
         return True
     return witness.fired > 0
@@ -110,9 +109,7 @@ def hunt(fault: Fault, variant: str, cases: Sequence[Case], twin_cases: int = 3)
             break
     twins = tried[-twin_cases:] or list(enumerate(cases))[:twin_cases]
     alarms = tuple(_twin_alarms(fault, variant, twins))
-    return replace(
-        result, triggered=triggered, twin_checks=len(twins), twin_alarms=alarms, seconds=time.perf_counter() - start
-    )
+    return replace(result, triggered=triggered, twin_checks=len(twins), twin_alarms=alarms, seconds=time.perf_counter() - start)
 
 
 def _caught(result: Hunt, fault: Fault, variant: str, verdict: Verdict, number: int) -> Hunt:
@@ -129,22 +126,28 @@ def _caught(result: Hunt, fault: Fault, variant: str, verdict: Verdict, number: 
 
 
 def _place(fault: Fault, variant: str, verdict: Verdict, number: int) -> bool | None:
-    """Healthy and faulty side by side on the same inputs: did the fault change what the finding names?"""
+    """Healthy and faulty side by side on the same inputs: did the fault change what the finding names?
+
+    Under each poison pattern, since a fault that reads unwritten memory changes other places with each; one must agree.
+    """
     if not verdict.findings or fault.random or fault.ground in ("sequence", "replay"):
         return None
+    seen = [_place_under(pattern, fault, variant, verdict, number) for pattern in PATTERNS]
+    known = [place for place in seen if place is not None]
+    return any(known) if known else None
+
+
+def _place_under(pattern: str, fault: Fault, variant: str, verdict: Verdict, number: int) -> bool | None:
     shown = []
     for armed in (False, True):
         pipeline, _ = ground_of(fault, number)
         plant(pipeline, fault.variants[variant], armed)
         try:
-            shown.append(pipeline(_fresh(verdict.case)))
+            with Poison(pattern):
+                shown.append(pipeline(make_inputs(verdict.case, "cpu")))
         except Exception:  # a fault that throws shows no tensors to compare
             return None
-    return right_place(verdict.findings[0], *shown, make_inputs(verdict.case, "cpu"))
-
-
-def _fresh(case: Case) -> Inputs:
-    return make_inputs(case, "cpu")
+    return right_place(verdict.findings[0], shown[0], shown[1], make_inputs(verdict.case, "cpu"))
 
 
 def _twin_alarms(fault: Fault, variant: str, cases: Sequence[tuple[int, Case]]) -> Iterator[str]:
@@ -175,9 +178,7 @@ def hunt_by_chance(fault: Fault, variant: str, chance: float, cases: Sequence[Ca
             break
     twins = list(enumerate(cases))[:3]
     alarms = tuple(_twin_alarms(fault, variant, twins))
-    return replace(
-        result, triggered=fired > 0, twin_checks=len(twins), twin_alarms=alarms, seconds=time.perf_counter() - start
-    )
+    return replace(result, triggered=fired > 0, twin_checks=len(twins), twin_alarms=alarms, seconds=time.perf_counter() - start)
 
 
 def _hunt_hang(fault: Fault, variant: str, cases: Sequence[Case]) -> Hunt:
@@ -209,13 +210,14 @@ def _hunt_hang(fault: Fault, variant: str, cases: Sequence[Case]) -> Hunt:
     )
 
 
+CAMP = {"P78": lambda tokens: tokens == 0, "P79": lambda tokens: tokens > ranks.CHUNK, "P80": ranks.rounds_of}
+"""What a rank's own count makes it decide. A watchdog sees two camps and cannot know which of them is right."""
+
+
 def _right_rank(fault: Fault, finding: Finding, sizes: Sequence[int]) -> bool:
-    """The rank that the finding names is one whose own count made it leave the others."""
-    if finding.rank is None:
-        return False
-    if fault.id == "P78":
-        return sizes[finding.rank] == 0
-    return sizes[finding.rank] != max(sizes)
+    """The rank that the finding names is in another camp than some rank that waits."""
+    camps = [CAMP[fault.id](tokens) for tokens in sizes]
+    return finding.rank is not None and any(camp != camps[finding.rank] for camp in camps)
 
 
 def hunts_of(fault: Fault, cases: Sequence[Case]) -> list[Hunt]:
@@ -223,32 +225,3 @@ def hunts_of(fault: Fault, cases: Sequence[Case]) -> list[Hunt]:
     if fault.random:
         return [hunt_by_chance(fault, v, p, cases) for v in fault.variants for p in CHANCES]
     return [hunt(fault, v, cases) for v in fault.variants]
-
-
-@dataclass(frozen=True)
-class Healthy:
-    """The pipelines with nothing planted: how many tensors were judged, and who raised an alarm."""
-
-    checks: int
-    alarms: tuple[str, ...]
-
-
-def healthy(cases: Sequence[Case]) -> Healthy:
-    """Every ground with nothing planted, over all cases."""
-    checks, alarms = 0, []
-    for number, case in enumerate(cases):
-        for kind in ("layer", "world", "tensor", "sequence", "replay"):
-            if kind in ("sequence", "replay") and number >= 15:
-                continue
-            blank = Fault("healthy", f"healthy.{kind}", "", "", (), {"": {}}, ground=kind)
-            pipeline, thing = ground_of(blank, number)
-            verdict = judged(blank, pipeline, thing, case)
-            checks += len(verdict.worst) or (verdict.outcome is Outcome.PASS)
-            if verdict.outcome not in QUIET:
-                alarms.append(f"{kind}: {verdict}")
-    return Healthy(checks, tuple(alarms))
-
-
-__all__ = ["Hunt", "Healthy", "Witness", "healthy", "hunt", "hunt_by_chance", "hunts_of"]
-
-torch.set_num_threads(1)

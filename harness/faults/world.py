@@ -66,7 +66,7 @@ class World(Pipeline):
         arrived, counts = [], []
         for rank, message in enumerate(sent):
             results, plan = self.on_rank(message, rank, inputs)
-            live = self.valid(message)
+            live = self.valid(message, T * K)
             arrived.append(self.by_region(message.rows, plan, max(T * K, 1)))
             counts.append(plan.counts.int())
             returned = self.give_back(results, message, live)
@@ -85,7 +85,7 @@ class World(Pipeline):
         messages, start = [], 0
         for size in sizes:
             tokens = torch.arange(start, start + size)
-            slot = (tokens[:, None] * K + torch.arange(K)).flatten()
+            slot: Tensor = (tokens[:, None] * K + torch.arange(K)).flatten()
             ids = self.equalise(inputs.topk_ids[tokens], longest, inputs)
             fill = (longest - size) * K
             messages.append(
@@ -111,16 +111,17 @@ class World(Pipeline):
         """Rows for the experts of `rank`, in order of sender, in a buffer sized for everything that could come."""
         p = inputs.problem
         mine = torch.full((p.weight_experts + 1,), -1)
-        for local, expert in enumerate(local_experts(p.weight_experts, self.num_ranks(), rank)):
-            mine[expert] = local
+        own = local_experts(p.weight_experts, self.num_ranks(), rank)
+        mine[own] = torch.arange(len(own))
         parts: list[Message] = []
         for message in staged:
             routed = (message.expert >= 0) & (message.expert < p.weight_experts)
             local = self.own_experts(mine[torch.where(routed, message.expert, p.weight_experts)], message.expert, rank)
             keep = local >= 0
             parts.append(Message(message.rows[keep], local[keep], message.slot[keep], message.weight[keep]))
-        got = [torch.cat([getattr(m, name) for m in parts]) for name in ("rows", "expert", "slot", "weight")]
-        rows, expert, slot, weight = got
+        rows, expert, slot, weight = (
+            torch.cat([getattr(m, name) for m in parts]) for name in ("rows", "expert", "slot", "weight")
+        )
         return self.buffer(Message(rows, expert, slot, self.arrived_weights(weight)), inputs.topk_ids.numel(), rank)
 
     def own_experts(self, local: Tensor, ids: Tensor, rank: int) -> Tensor:
@@ -142,9 +143,9 @@ class World(Pipeline):
     def tail_experts(self, rest: int, rank: int, expert: Tensor) -> Tensor:
         return torch.full((rest,), -1)
 
-    def valid(self, message: Message) -> Tensor:
+    def valid(self, message: Message, num_slots: int) -> Tensor:
         """Rows whose result goes back to a slot."""
-        return (message.expert >= 0) & (message.slot < message.slot.numel())
+        return (message.expert >= 0) & (message.slot < num_slots)
 
     def on_rank(self, message: Message, rank: int, inputs: Inputs) -> tuple[tuple[Tensor, Tensor, Tensor], Plan]:
         """(gate_up, h, y) of the received rows by this rank's experts."""

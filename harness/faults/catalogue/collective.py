@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from moeproof.harness.faults.fault import Fault
-from moeproof.harness.faults.ranks import CHUNK
+from moeproof.harness.faults.ranks import CHUNK, rounds_of
 from moeproof.reference.contract.stages import Stage
 
 Tensor = torch.Tensor
@@ -65,7 +65,7 @@ FAULTS = (
         "vllm#21963, DeepSpeed#6809, prime-rl#3411",
         "uneven ranks around a multiple of the chunk",
         HANGS,
-        {"": {"rounds": lambda right, _, sizes, rank: max(-(-sizes[rank] // CHUNK), 1)}},
+        {"": {"rounds": lambda right, _, sizes, rank: rounds_of(sizes[rank])}},
         ground="ranks",
     ),
     Fault(

@@ -129,6 +129,6 @@ FAULTS = (
         "vllm#50845",
         "id >= E injected",
         MAPS,
-        why_not="no recipe draws ids >= E: the contract lets a candidate refuse them, and there is no verdict for a right refusal",
+        why_not="no recipe draws ids >= E: a candidate may refuse them, and no verdict says that a refusal was right",
     ),
 )

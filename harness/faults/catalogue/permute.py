@@ -77,7 +77,12 @@ FAULTS = (
         "DeepGEMM#450, #15, TileOPs#1952",
         "a count that is not a multiple of the block",
         (Stage.PERMUTE,),
-        {"": {"pad": lambda right, _, counts, block: -(-counts // (block // 2)) * (block // 2), "block_owners": _owner_of_first_row}},
+        {
+            "": {
+                "pad": lambda right, _, counts, block: -(-counts // (block // 2)) * (block // 2),
+                "block_owners": _owner_of_first_row,
+            }
+        },
     ),
     Fault(
         "P31",
