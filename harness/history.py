@@ -68,7 +68,7 @@ def judge_sequence(thing: object, case: Case, device: str | None = None) -> Verd
     checked, first = 0, None
     calls = [c for c in (case, *neighbours(case), case) if candidate.supports(c.problem) is None]
     for number, one in enumerate(calls):
-        shown, findings, error, facts = _one_call(candidate, one, device)
+        shown, findings, error, facts = _one_call(candidate, make_inputs(one, device))
         checked += facts
         if error:
             return _verdict(candidate, one, device, start, Outcome.ERROR, reason=f"call {number + 1} of a sequence: {error}")
@@ -83,9 +83,8 @@ def judge_sequence(thing: object, case: Case, device: str | None = None) -> Verd
     return _verdict(candidate, case, device, start, Outcome.PASS, checked=checked)
 
 
-def _one_call(candidate: Candidate, case: Case, device: str, judged: bool = True) -> tuple[Shown, list[Finding], str, int]:
+def _one_call(candidate: Candidate, inputs: Inputs, judged: bool = True) -> tuple[Shown, list[Finding], str, int]:
     """(what was shown, findings, error, facts checked); the arguments are destroyed before this returns."""
-    inputs = make_inputs(case, device)
     given, _ = guard_inputs(inputs, "nan")
     try:
         with Poison("nan"):
@@ -116,7 +115,7 @@ def judge_repeats(thing: object, case: Case, repeats: int, device: str | None = 
         return _verdict(candidate, case, device, start, Outcome.UNSUPPORTED, reason=reason), 0
     inputs, first, checked = make_inputs(case, device), None, 0
     for number in range(1, repeats + 1):
-        shown, findings, error, facts = _one_call(candidate, case, device, judged=first is None)
+        shown, findings, error, facts = _one_call(candidate, inputs, judged=first is None)
         checked += facts
         if error:
             return _verdict(candidate, case, device, start, Outcome.ERROR, reason=f"call {number}: {error}"), number

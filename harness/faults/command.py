@@ -16,7 +16,8 @@ from moeproof.harness.faults.catalogue import CATALOGUE, by_id
 from moeproof.harness.faults.fault import Fault
 from moeproof.harness.faults.healthy import Healthy, healthy
 from moeproof.harness.faults.run import Hunt, hunts_of
-from moeproof.harness.faults.side_by_side import Row, on_our_inputs, on_their_recipes
+from moeproof.harness.faults.side_by_side import Row, on_our_inputs, on_their_recipe
+from moeproof.harness.faults.suites import SUITES
 from moeproof.harness.tiers import cases_of
 
 TIER = "full"
@@ -27,16 +28,18 @@ def main(classes: Sequence[str], rules: bool, out: Path | None, jobs: int, json:
     start = time.perf_counter()
     chosen = [by_id(name) for name in classes] or list(CATALOGUE)
     hunts: list[Hunt] = []
+    theirs: list[Row] = []
     well = Healthy(0, ())
-    for result in _run(chosen, not classes, jobs or os.cpu_count() or 1):
-        if isinstance(result, Healthy):
+    for result in _run(chosen, not classes, rules, jobs or os.cpu_count() or 1):
+        if isinstance(result, Row):
+            theirs.append(result)
+        elif isinstance(result, Healthy):
             well = Healthy(well.checks + result.checks, well.alarms + result.alarms)
         else:
             hunts += result
             page.line(result, json)
     hunts.sort(key=lambda h: (int(h.id[1:]), h.variant, -h.chance))
     ours: list[Row] = on_our_inputs(hunts) if rules else []
-    theirs: list[Row] = on_their_recipes() if rules else []
     total = page.summary(chosen, hunts, well, time.perf_counter() - start)
     page.show(chosen, hunts, well, ours, theirs, total, json)
     if out is not None:
@@ -44,13 +47,15 @@ def main(classes: Sequence[str], rules: bool, out: Path | None, jobs: int, json:
     return 0 if page.all_well(chosen, hunts, well) else 1
 
 
-def _run(chosen: Sequence[Fault], with_healthy: bool, jobs: int) -> Iterator[list[Hunt] | Healthy]:
-    """Classes and slices of the healthy campaign, as they end."""
+def _run(chosen: Sequence[Fault], with_healthy: bool, rules: bool, jobs: int) -> Iterator[list[Hunt] | Healthy | Row]:
+    """Classes, slices of the healthy campaign and suites' recipes, as they end."""
     planted = [fault.id for fault in chosen if fault.planted]
     slices = range(4 * jobs) if with_healthy else range(0)
+    suites = SUITES if rules else ()
     if jobs == 1 or len(planted) == 1:
         yield from map(_hunt, planted)
         yield from (_healthy((part, len(slices))) for part in slices)
+        yield from map(on_their_recipe, suites)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -58,14 +63,19 @@ def _run(chosen: Sequence[Fault], with_healthy: bool, jobs: int) -> Iterator[lis
         order = sorted(planted, key=lambda name: not by_id(name).random)
         hunting = [pool.submit(_hunt, name) for name in order]
         checking = [pool.submit(_healthy, (part, len(slices))) for part in slices]
+        judging = [pool.submit(on_their_recipe, suite) for suite in suites]
         for hunted in hunting:
             yield hunted.result()
         for checked in checking:
             yield checked.result()
+        for suite_row in judging:
+            yield suite_row.result()
 
 
 def _hunt(name: str) -> list[Hunt]:
-    return hunts_of(by_id(name), cases_of(TIER))
+    fault = by_id(name)
+    # Chance needs repeats, and those are made on the few cases of the quick tier.
+    return hunts_of(fault, cases_of("quick" if fault.random else TIER))
 
 
 def _healthy(part: tuple[int, int]) -> Healthy:

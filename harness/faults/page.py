@@ -187,7 +187,7 @@ def markdown(
     if theirs:
         lines += ["", "## The same faults under public suites' own recipes", ""]
         lines += [
-            "Their inputs and rule, clean memory, one call, three seeds of which any may catch (harness/faults/suites.py).",
+            "Their inputs and rule, clean memory, one call (harness/faults/suites.py).",
             "A fault that a recipe cannot trigger passes: nobody would have seen it.",
             "",
         ]
