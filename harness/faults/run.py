@@ -24,7 +24,7 @@ from moeproof.reference.contract.inputs import Inputs
 
 REPEATS = 20
 """Calls of one case before the next is taken, for faults that fire by chance."""
-MOST_CALLS = 6000
+MOST_CALLS = 2000
 """Where a fault that fires by chance is given up."""
 QUIET = (Outcome.PASS, Outcome.UNSUPPORTED, Outcome.VACUOUS)
 
