@@ -24,7 +24,7 @@ CASE = "T=9,H=40,I=24,E=4,K=3,seed=1"
 
 @dataclass(frozen=True)
 class Mutant:
-    """`stages` None in the tuple: the interpreter stops the launch, and names kernel and address instead of a stage."""
+    """None among `stages`: the interpreter stops the launch at the first bad address, and names kernel and element."""
 
     name: str
     module: ModuleType
@@ -177,9 +177,6 @@ def test_a_mutated_kernel(
 
     if twin:
         assert verdict.outcome is Outcome.PASS, str(verdict)
-    elif verdict.outcome is Outcome.ERROR:
-        # The interpreter stops the launch at the first bad address: no tensors to judge, but kernel and element are named.
-        assert None in mutant.stages and "KernelFault: _" in verdict.reason, str(verdict)
     else:
         assert verdict.outcome is Outcome.FAIL, str(verdict)
         assert verdict.findings[0].stage in mutant.stages, str(verdict)
