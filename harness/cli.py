@@ -216,6 +216,20 @@ def doctor(json: Json = False) -> None:
     raise typer.Exit(checks.main(json))
 
 
+@app.command()
+def faults(
+    classes: Annotated[Optional[list[str]], typer.Option("--class", help="P01 .. P100, or a name; by default all.")] = None,  # noqa: UP045
+    rules: Annotated[bool, typer.Option("--rules", help="Public suites' rules and recipes on the same faults.")] = False,
+    out: Annotated[Optional[Path], typer.Option(help="Folder for faults.md and results/faults-cpu.json.")] = None,  # noqa: UP045
+    jobs: Jobs = 0,
+    json: Json = False,
+) -> None:
+    """Plant the public fault classes one by one, and show what the harness makes of each."""
+    from moeproof.harness.faults import command
+
+    raise typer.Exit(command.main(classes or [], rules, out, jobs, json))
+
+
 @golden_app.command("record")
 def golden_record(
     folder: Annotated[Path, typer.Argument(help="Where the dumps go.")],
