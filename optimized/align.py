@@ -1,4 +1,7 @@
-"""PERMUTE: a stable counting sort of slots by expert, in two launches of static size (graph-capturable, no host sync)."""
+"""PERMUTE: a stable counting sort of slots by expert, in one launch for few slots and two for many.
+
+Sizes are static: graph-capturable, no host sync.
+"""
 
 # Device code has no annotations: Triton gives its arguments their types at each launch.
 # mypy: disable-error-code="no-untyped-def"
@@ -11,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from moeproof.optimized import align_small
 from moeproof.optimized.slots import Slots, local_expert
 
 STEP = 128
@@ -90,7 +94,7 @@ def _place(
             tl.store(num_padded, tl.sum(padded, 0))
         for first in range(0, MAP, BLOCKS):
             block = chunk * MAP + first + tl.arange(0, BLOCKS)
-            owner = tl.sum((end[None, :] <= block[:, None] * BLOCK_M).to(tl.int32), 1)
+            owner = tl.sum((end[:, None] <= block[None, :] * BLOCK_M).to(tl.int32), 0)
             tl.store(block_expert + block, tl.where(owner < num_local, owner, -1), mask=block < B)
     else:
         base = before
@@ -100,8 +104,9 @@ def _place(
         real = slot < num_slots
         local = local_expert(slot, real, ids, expert_map, stride_t, stride_k, num_experts, num_local, K)
         live = local >= 0
-        earlier = (local[:, None] == local[None, :]) & (step[None, :] < step[:, None])
-        position = tl.gather(base, tl.maximum(local, 0), 0) + tl.sum(earlier.to(tl.int32), 1)
+        # Sums along dim 0 stay in a thread's registers; along dim 1 every row would be a reduction across its warp.
+        earlier = (local[:, None] == local[None, :]) & (step[:, None] < step[None, :])
+        position = tl.gather(base, tl.maximum(local, 0), 0) + tl.sum(earlier.to(tl.int32), 0)
         if BLOCK_M > 0:
             tl.store(target + position, slot, mask=live)
         else:
@@ -120,8 +125,11 @@ def _experts_padded(num_local: int) -> int:
     return max(triton.next_power_of_2(num_local), 16)
 
 
-def align(slots: Slots, block_m: int) -> Alignment:
-    """Sort live slots by local expert, stably, and pad each expert's group to a multiple of block_m. See Alignment."""
+def align(slots: Slots, block_m: int, overlap: bool = False) -> Alignment:
+    """Sort live slots by local expert, stably, and pad each expert's group to a multiple of block_m. See Alignment.
+
+    With `overlap`, a launch that follows may be set up meanwhile (few slots only).
+    """
     S, e = slots.count, slots.num_local
     # A non-empty expert wastes at most block_m - 1 rows, and there are at most min(S, e) of them.
     B = (S + min(S, e) * (block_m - 1)) // block_m
@@ -132,8 +140,11 @@ def align(slots: Slots, block_m: int) -> Alignment:
         padded.zero_()
         counts.zero_()
         return result
-    chunk, num_chunks = _chunks(S)
     ep = _experts_padded(e)
+    if align_small.SLOTS >= S:
+        align_small.align_small(slots, rows, blocks, padded, counts, block_m, ep, STEP, overlap)
+        return result
+    chunk, num_chunks = _chunks(S)
     histogram = torch.empty(num_chunks, ep, dtype=torch.int32, device=slots.ids.device)
     # Powers of two, so that few sizes are compiled: each program fills `fill` rows with padding and maps `map_size` blocks.
     fill = max(triton.next_power_of_2(triton.cdiv(P, num_chunks)), 1024)
@@ -142,7 +153,7 @@ def align(slots: Slots, block_m: int) -> Alignment:
     _count[(num_chunks,)](histogram, rows, S, P, *slots.arguments, CHUNK=chunk, FILL=fill, EP=ep, STEP=STEP)
     _place[(num_chunks,)](
         histogram, rows, counts, blocks, padded, S, num_chunks, B, 0, *slots.arguments,
-        BLOCK_M=block_m, CHUNK=chunk, MAP=map_size, EP=ep, STEP=STEP, ROWS=max(1, 4096 // ep), BLOCKS=per_step,
+        BLOCK_M=block_m, CHUNK=chunk, MAP=map_size, EP=ep, STEP=STEP, ROWS=max(1, 8192 // ep), BLOCKS=per_step, num_warps=8,
     )  # fmt: skip
     return result
 

@@ -85,7 +85,7 @@ def _by_tiles(inputs: Inputs, plan: Plan, slots: Slots, rows: Tensor, out: Tenso
     """With `direct` a token has one slot and nothing is added to it: GEMM2 weighs and writes the output itself."""
     p, first, second = inputs.problem, plan.first, plan.second
     assert isinstance(first, Tile) and isinstance(second, Tile)
-    alignment = align(slots, first.block_m)
+    alignment = align(slots, first.block_m, plan.overlap)
     shown = {"sorted_slots": alignment.sorted_slots, "block_expert": alignment.block_expert, "num_padded": alignment.num_padded}
     if not p.T:
         return shown

@@ -25,6 +25,13 @@ def expected(slots: Slots, block_m: int) -> tuple[list[int], list[int], list[int
     return rows, blocks, counts
 
 
+@pytest.fixture(params=["one launch", "two launches"], autouse=True)
+def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few slots by either way."""
+    if request.param == "two launches":
+        monkeypatch.setattr(align_module.align_small, "SLOTS", 0)
+
+
 def check(slots: Slots, block_m: int) -> None:
     rows, blocks, counts = expected(slots, block_m)
     got = align(slots, block_m)
