@@ -75,7 +75,7 @@ def products(scheme: QuantScheme) -> None:
     assert scheme.w is not None
     ragged = all(q is None or q.ragged for q in (scheme.a1, scheme.w))
     group = scheme.w.group[1]
-    least = 1 if ragged else max(group, *(q.group[1] for q in (scheme.a1,) if q is not None))
+    least = 1 if ragged else max(group, scheme.a1.group[1] if scheme.a1 is not None else 0)
     for case in (
         *((N, K, block_m) for block_m in (16, 32, 64, 128)),
         (N, K, 128, True),
