@@ -42,5 +42,7 @@ def quant_tile(block_m: int, N: int, K: int, operand: str, dtype: Format, step: 
     if K % 16 and not interpreted():
         # Rows that start anywhere are loaded element by element, each with its own pointer: large tiles spill.
         short, block_n = 32, min(block_n, 64)
+    if 0 < step < t.block_k and not interpreted():
+        block_n = min(block_n, 64)  # room for the scales of both sides, beside two sums
     block_k = min(t.block_k, short, step or t.block_k)
     return Tile(block_m, block_n, block_k, t.group_m, t.warps, t.stages)
