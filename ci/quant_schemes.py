@@ -1,6 +1,6 @@
 """Judge the quantised Triton candidates on every scheme in both layouts: random cases and exact probes, one results file.
 
-    python ci/quant_schemes.py docs/results/quant-schemes-h100.json [--cases 40] [--probes 10] [--jobs 8] [--schemes ..]
+    python ci/quant_schemes.py docs/results/quant-schemes-h100.json [--cases 48] [--seconds 200] [--jobs 8] [--schemes ..]
 
 Random cases have scales that differ by 8 binades and more between rows, channels, groups and experts; probes must match bit
 for bit. Exit code 0 when every verdict is PASS. With a GPU the compiled kernels run, without one the interpreter.
@@ -79,13 +79,17 @@ def draw(scheme: str, layout: str, seed: int, probe: bool) -> Case:
     return Case(problem, values=values, routing=routing, strided=bool(s.integers(0, 8, 1)[0] == 0), seed=seed)
 
 
-def run(scheme: str, layout: str, num_cases: int, num_probes: int) -> list[dict[str, object]]:
-    """One row for each candidate that supports the scheme in this layout."""
+def run(scheme: str, layout: str, count: int, budget: float) -> list[dict[str, object]]:
+    """One row for each candidate that supports the scheme in this layout. Every fourth case is a probe.
+
+    After `budget` seconds no further case is begun: a row says how many there were.
+    """
     start = time.perf_counter()
-    cases = [draw(scheme, layout, seed, False) for seed in range(num_cases)]
-    cases += [draw(scheme, layout, seed, True) for seed in range(num_probes)]
     verdicts: dict[str, list[Verdict]] = {}
-    for case in cases:
+    for seed in range(count):
+        if seed >= 4 and time.perf_counter() - start > budget:
+            break
+        case = draw(scheme, layout, seed, seed % 4 == 3)
         for candidate in load_candidates(CANDIDATES):
             verdict = judge(candidate, case)
             if verdict.outcome is not Outcome.UNSUPPORTED:
@@ -114,8 +118,8 @@ def _row(verdicts: list[Verdict]) -> dict[str, object]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--cases", type=int, default=40)
-    parser.add_argument("--probes", type=int, default=10)
+    parser.add_argument("--cases", type=int, default=48, help="for each scheme and layout; every fourth is a probe")
+    parser.add_argument("--seconds", type=float, default=200, help="about as long as it may take; fewer cases then")
     parser.add_argument("--jobs", type=int, default=8)
     parser.add_argument("--mode", default="auto", choices=modes.MODES)
     parser.add_argument("--schemes", nargs="+", default=QUANTISED, choices=QUANTISED)
@@ -123,10 +127,9 @@ def main() -> int:
     context = multiprocessing.get_context("spawn")  # a process in which Triton is not yet imported
     rows: list[dict[str, object]] = []
     start = functools.partial(workers.settle, options.mode)
+    budget = options.seconds * options.jobs / (len(options.schemes) * len(LAYOUTS))
     with ProcessPoolExecutor(options.jobs, mp_context=context, initializer=start) as pool:
-        waiting = [
-            pool.submit(run, scheme, layout, options.cases, options.probes) for scheme in options.schemes for layout in LAYOUTS
-        ]
+        waiting = [pool.submit(run, scheme, layout, options.cases, budget) for scheme in options.schemes for layout in LAYOUTS]
         for future in as_completed(waiting):
             for row in future.result():
                 rows.append(row)

@@ -223,7 +223,7 @@ def _launch(
     xs, ws = scaling(x.quantiser), scaling(w.quantiser)
     native = kind.operand in ("e4m3fn", "int8")
     operand = None if native else _FLOATS[dtype.dtype if kind.operand == DTYPE else FORMATS[kind.operand].dtype]
-    tile = quant_tile(block_m, N, K, kind.operand, dtype, min(s for s in (xs.step, ws.step, K) if s))
+    tile = quant_tile(block_m, N, K, kind.operand, dtype, min((s for s in (xs.step, ws.step) if s), default=0))
     raw = (lambda t: t) if native else as_bytes
     codes_x = x.values if x.quantiser is None else raw(x.values)
     scale_x = None if x.scale is None else as_bytes(x.scale)

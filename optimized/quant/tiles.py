@@ -26,7 +26,7 @@ FP32 = {m: Tile(m, 64, 16, 1, 8 if m == 128 else 4, 2) for m in (16, 32, 64, 128
 
 
 def quant_tile(block_m: int, N: int, K: int, operand: str, dtype: Format, step: int) -> Tile:
-    """Tile for an output of N columns and products of length K, whose partial sums are scaled every `step` columns."""
+    """Tile for an output of N columns and products of length K; partial sums are scaled every `step` columns (0 = never)."""
     one_byte = operand in ("e4m3fn", "int8")
     if interpreted():
         # A program costs milliseconds whatever its size.
@@ -36,9 +36,13 @@ def quant_tile(block_m: int, N: int, K: int, operand: str, dtype: Format, step: 
     else:
         table = FP32 if operand == "dtype" and dtype.name == "fp32" else WIDE
     t = table[block_m]
-    narrow = max(16, triton.next_power_of_2(N))
-    # 8-bit tensor cores take 32 columns at once, and codes of a byte come in pairs.
+    block_n = min(t.block_n, max(16, triton.next_power_of_2(N)))
+    # 8-bit tensor cores take 32 columns at once, and groups of 16 scales enter a step whole.
     short = max(32, triton.next_power_of_2(K))
-    return Tile(
-        block_m, min(t.block_n, narrow), min(t.block_k, short, triton.next_power_of_2(step)), t.group_m, t.warps, t.stages
-    )
+    if K % 16 and not interpreted():
+        # Rows that start anywhere are loaded element by element, each with its own pointer: large tiles spill.
+        short, block_n = 32, min(block_n, 64)
+    if 0 < step < t.block_k and not interpreted():
+        block_n = min(block_n, 64)  # room for the scales of both sides, beside two sums
+    block_k = min(t.block_k, short, step or t.block_k)
+    return Tile(block_m, block_n, block_k, t.group_m, t.warps, t.stages)

@@ -40,14 +40,20 @@ def quantisers(scheme: QuantScheme) -> None:
             quantise(x, q, BF16, torch.empty(1, 1) if q.static else None, act=act)
 
 
-def products(scheme: QuantScheme) -> None:
-    """Both layouts, every number of rows of a tile."""
+def turned(codes: torch.Tensor) -> torch.Tensor:
+    """The same codes as a transposed view: stored K first."""
+    return codes.view(torch.uint8).transpose(1, 2).contiguous().transpose(1, 2).view(codes.dtype)
+
+
+def product(scheme: QuantScheme, n: int, k: int, block_m: int, kn: bool = False) -> None:
+    """One standard product of block_m rows, and a batched one where block_m is 64."""
     q, w = scheme.a1, scheme.w
     assert w is not None
     level = torch.empty(E, 1, 1) if w.two_level else None
-    zp = torch.empty(E, N // 2, w.groups(K), dtype=torch.uint8) if w.zero_points else None
-    codes, scale = operand(w, E, N, K)
-    weights = Weights(codes, w, scale, zp, level, torch.empty(E, N, dtype=torch.bfloat16))
+    zp = torch.empty(E, n // 2, w.groups(k), dtype=torch.uint8) if w.zero_points else None
+    codes, scale = operand(w, E, n, k)
+    bias = torch.empty(E, n, dtype=torch.bfloat16)
+    weights = Weights(turned(codes) if kn else codes, w, scale, zp, level, bias)
     one = torch.empty(1, dtype=torch.int32)
 
     def rows(*shape: int) -> Rows:
@@ -56,13 +62,28 @@ def products(scheme: QuantScheme) -> None:
         codes, scale = operand(q, *shape)
         return Rows(codes, q, scale, torch.empty(1, 1) if q.two_level else None)
 
-    for block_m in (16, 32, 64, 128):
-        Driver.case = f"{scheme.name} {block_m}"
-        out = torch.empty(block_m, N, dtype=torch.bfloat16)
-        alignment = Alignment(torch.empty(block_m, dtype=torch.int32), one, one, one, block_m)
-        grouped_scaled_gemm(rows(block_m, K), weights, out, alignment, 1, BF16)
-    out = torch.empty(E, 64, N, dtype=torch.bfloat16)
-    batched_scaled_gemm(rows(E, 64, K), weights, out, torch.empty(E, dtype=torch.int32), BF16)
+    out = torch.empty(block_m, n, dtype=torch.bfloat16)
+    alignment = Alignment(torch.empty(block_m, dtype=torch.int32), one, one, one, block_m)
+    grouped_scaled_gemm(rows(block_m, k), weights, out, alignment, 1, BF16)
+    if block_m == 64:
+        out = torch.empty(E, 64, n, dtype=torch.bfloat16)
+        batched_scaled_gemm(rows(E, 64, k), weights, out, torch.empty(E, dtype=torch.int32), BF16)
+
+
+def products(scheme: QuantScheme) -> None:
+    """Every number of rows of a tile; weights stored K first; rows that start anywhere; the smallest sizes."""
+    assert scheme.w is not None
+    ragged = all(q is None or q.ragged for q in (scheme.a1, scheme.w))
+    group = scheme.w.group[1]
+    least = 1 if ragged else max(group, scheme.a1.group[1] if scheme.a1 is not None else 0)
+    for case in (
+        *((N, K, block_m) for block_m in (16, 32, 64, 128)),
+        (N, K, 128, True),
+        (136, 200, 128) if ragged else (136, 3 * least, 128),
+        (2, least, 16),
+    ):
+        Driver.case = f"{scheme.name} {case}"
+        product(scheme, *case)
 
 
 def main(names: list[str]) -> None:

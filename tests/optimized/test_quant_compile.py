@@ -23,6 +23,6 @@ def test_kernels_compile_without_spills() -> None:
     assert child.returncode == 0, child.stderr[-3000:]
     lines = [json.loads(line) for line in child.stdout.splitlines()]
 
-    assert {line["kernel"] for line in lines} == {"_quantise", "_scaled_gemm"}
+    assert {line["kernel"] for line in lines} >= {"_quantise", "_scaled_gemm"}
     assert not [line for line in lines if line["stack"]]
     assert all(line["registers"] <= 255 for line in lines)

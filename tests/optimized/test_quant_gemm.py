@@ -12,6 +12,7 @@ from plain_quant import decode
 from moeproof.optimized.align import align
 from moeproof.optimized.quant.gemm import Rows, Weights, batched_scaled_gemm, grouped_scaled_gemm
 from moeproof.optimized.quant.multiply import MULTIPLIERS, multiplier
+from moeproof.optimized.quant.tiles import quant_tile
 from moeproof.optimized.slots import Slots
 from moeproof.reference.contract import FORMATS, SCHEMES, ContractError, Quantiser, QuantScheme
 from moeproof.reference.contract.formats import Format
@@ -246,6 +247,17 @@ def test_every_scheme_has_a_multiplier_that_says_why() -> None:
     assert all(m.why for m in MULTIPLIERS.values())
     with pytest.raises(ContractError, match="int8 activations and e2m1 weights"):
         multiplier(SCHEMES["int8_token"].a1, SCHEMES["nvfp4"].w)  # type: ignore[arg-type]
+
+
+def test_tiles_fit() -> None:
+    """Powers of two that a tensor core takes, steps that stay inside a scale group."""
+    for block_m, n, k, step in ((16, 1, 1, 0), (32, 50, 7168, 128), (64, 300, 32, 32), (128, 4096, 200, 0)):
+        for operand in ("e4m3fn", "int8", "bf16", "dtype"):
+            for dtype in ("fp32", "bf16"):
+                t = quant_tile(block_m, n, k, operand, FORMATS[dtype], step)
+                assert all(v & (v - 1) == 0 for v in (t.block_m, t.block_n, t.block_k))
+                assert t.block_n >= 16 and t.block_k >= (16 if (operand, dtype) == ("dtype", "fp32") else 32)
+                assert not step or step % t.block_k == 0
 
 
 def test_refusals() -> None:
