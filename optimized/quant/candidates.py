@@ -109,6 +109,7 @@ def _set(name: str, fp8: bool) -> list[Candidate | Pair]:
 def quant_candidates() -> list[Candidate | Pair]:
     """All candidates of quantised schemes."""
     shown = ("xq", "xs", "gate_up", "h", "hq", "hs", "y", "out")
-    claims = Claims(accumulate="fp8_promoted")
+    # On an H100 its product without fast accumulation was 1.56 times what promotion every 128 allows.
+    claims = Claims(accumulate="fp8_unpromoted")
     torch_s = Candidate("torch-scaled-grouped", torch_scaled.run, shown, torch_scaled.unsupported, claims)
     return [*_set("triton-fp8", True), *_set("triton-quant", False), torch_s]

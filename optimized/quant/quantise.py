@@ -205,6 +205,8 @@ def quantise(
             *source.stride(), given.stride(0) if experts else 0, *routing, **_activation_options(act),
             Q=q, FMT=q.format, SCALE=q.scale_format(dtype), BLOCK_R=block_r, BLOCK_G=block_g, WIDTH=width,
             num_warps=4 if width <= 4096 else 8 if width <= 8192 else 16,
+            # A product fused into the addition that rounds it would be rounded once: fl(x f) must be a float32 of its own.
+            enable_fp_fusion=False,
         )  # fmt: skip
     return codes, given if verbatim else scales  # type: ignore[return-value]
 

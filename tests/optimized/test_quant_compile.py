@@ -25,4 +25,5 @@ def test_kernels_compile_without_spills() -> None:
 
     assert {line["kernel"] for line in lines} >= {"_quantise", "_scaled_gemm"}
     assert not [line for line in lines if line["stack"]]
+    assert [line["fused multiplies"] for line in lines if "fused multiplies" in line] == [0]
     assert all(line["registers"] <= 255 for line in lines)
