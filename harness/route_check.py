@@ -10,7 +10,7 @@ from moeproof.reference.contract.candidate import Claims
 from moeproof.reference.contract.inputs import Inputs
 from moeproof.reference.contract.schemes import FORMATS
 from moeproof.reference.contract.stages import Stage
-from moeproof.reference.oracle.router import Selection, route
+from moeproof.reference.oracle.router import Selection, route, weigh
 from moeproof.reference.oracle.value import Value, stored
 
 Tensor = torch.Tensor
@@ -118,11 +118,17 @@ def check_route(ids: Tensor, weights: Tensor, inputs: Inputs, claims: Claims) ->
     findings, rows = check_ids(ids, want, inputs, claims)
     if not claims.total_router:
         rows = rows & want.defined
-    value = weights_at(ids, want, inputs)
-    # The oracle's weight is known for the ids it chose; rows in which a tie went the other way are judged on ids alone.
-    known = rows & (ids.long().sort(1).values == want.ids.sort(1).values).all(1)
-    result = compare("topk_weights", weights, Value(value.value, value.bound, known, value.fmt))
+    result = compare("topk_weights", weights, _weights_of(ids, rows, want, inputs))
     return Comparison((*findings, *result.findings), ids.numel() + result.checked, result.ratio)
+
+
+def _weights_of(ids: Tensor, rows: Tensor, want: Selection, inputs: Inputs) -> Value:
+    """The oracle's weights of the experts that the candidate chose: where a tie went the other way, other experts' weights."""
+    p = inputs.problem
+    if p.router.score == "sparsemixer":
+        value = weights_at(ids, want, inputs)
+        return Value(value.value, value.bound, rows & (ids.long().sort(1).values == want.ids.sort(1).values).all(1), value.fmt)
+    return stored(*weigh(inputs, ids[:, : p.K].long().clamp(0, p.routed_ids - 1)), FORMATS["fp32"], rows)
 
 
 def weights_at(ids: Tensor, want: Selection, inputs: Inputs) -> Value:

@@ -117,12 +117,11 @@ def renormalise(w: Tensor, error: Tensor, router: Router) -> tuple[Tensor, Tenso
     return w / norm, error / norm + relative * w.abs() / norm
 
 
-def _sparsemixer(x: Tensor, noise: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """ids, weights (T, 2) and error: two rounds of "take the best, mask what is far below it, softmax the rest".
+def _sparsemixer(x: Tensor, ids: Tensor, noise: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """weights (T, 2) of two winners and error: two rounds of "take the best, mask what is far below it, softmax the rest".
 
-    Both winners are taken at once: a row with fewer than two finite logits still names two experts.
+    The winners come as two ids: a row with fewer than two finite logits still names two experts.
     """
-    ids = top(x, 2)
     weights = []
     rest = x
     for index in ids.split(1, dim=1):
@@ -133,7 +132,7 @@ def _sparsemixer(x: Tensor, noise: Tensor, eps: float) -> tuple[Tensor, Tensor, 
         rest = rest.scatter(1, index, -torch.inf)
     w = torch.cat(weights, dim=1)
     relative = (16 + x.abs().nan_to_num(posinf=0.0).amax(dim=-1, keepdim=True)) * U32 + 2 * noise.amax(-1, keepdim=True)
-    return ids, w, relative * w + TINY
+    return w, relative * w + TINY
 
 
 def route(inputs: Inputs) -> Selection:
@@ -152,33 +151,48 @@ def route(inputs: Inputs) -> Selection:
     else:
         choice = torch.where(x.isneginf(), -torch.inf, choice)
     if router.score == "sparsemixer":
-        ids, weights, error = _sparsemixer(x, noise, router.jitter_eps)
-        open_groups = _near_threshold(x, router.jitter_eps)
+        ids, open_groups = top(x, 2), _near_threshold(x, router.jitter_eps)
     else:
         ids, choice, open_groups = select(choice, margin, router, p.K)
         if router.table:
             assert inputs.table_ids is not None
             ids = inputs.table_ids.long()
-        weights, error = scores.gather(1, ids), noise.gather(1, ids)
-        if router.score == "softmax_topk":
-            picked = x.gather(1, ids)
-            weights = _softmax(picked)
-            spread = (picked - picked.amax(dim=-1, keepdim=True)).abs().nan_to_num(posinf=0.0)
-            error = (8 + p.K + spread) * U32 * weights + 2 * noise.amax(dim=-1, keepdim=True) * weights + TINY
-    weights = torch.where(x.gather(1, ids).isneginf(), 0.0, weights)
+    weights, error = weigh(inputs, ids)
+    if router.fused_shared:
+        extra = torch.arange(p.E, p.weight_experts, device=ids.device).expand(ids.shape[0], -1)
+        ids = torch.cat([ids, extra], dim=1)
+    return Selection(ids, weights, error, choice, margin, open_groups, defined)
+
+
+def weigh(inputs: Inputs, ids_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """(weights, allowed error), float64 (T, K'), of the experts `ids_TK`, whoever chose them; shared ones are appended.
+
+    Identity experts count; every id must be in range. A sparsemixer's weights depend on which of its two came first.
+    """
+    p, router = inputs.problem, inputs.problem.router
+    assert inputs.logits is not None
+    x = prepare_logits(inputs.logits, router)
+    scores, noise = score(x, router)
+    weights, error = scores.gather(1, ids_TK), noise.gather(1, ids_TK)
+    if router.score == "sparsemixer":
+        weights, error = _sparsemixer(x, ids_TK, noise, router.jitter_eps)
+    elif router.score == "softmax_topk":
+        picked = x.gather(1, ids_TK)
+        weights = _softmax(picked)
+        spread = (picked - picked.amax(dim=-1, keepdim=True)).abs().nan_to_num(posinf=0.0)
+        error = (8 + p.K + spread) * U32 * weights + 2 * noise.amax(dim=-1, keepdim=True) * weights + TINY
+    weights = torch.where(x.gather(1, ids_TK).isneginf(), 0.0, weights)
     weights, error = renormalise(weights, error, router)
     weights, error = weights * router.scale, error * abs(router.scale) + 2 * U32 * (weights * router.scale).abs()
     if router.expert_scale:
         assert inputs.expert_scale is not None
         # Identity experts have no learned factor.
-        factor = torch.where(ids < p.E, inputs.expert_scale.double()[ids.clamp(max=p.E - 1)], 1.0)
+        factor = torch.where(ids_TK < p.E, inputs.expert_scale.double()[ids_TK.clamp(max=p.E - 1)], 1.0)
         weights, error = weights * factor, error * factor.abs() + U32 * (weights * factor).abs()
     if router.fused_shared:
-        extra = torch.arange(p.E, p.weight_experts, device=ids.device).expand(ids.shape[0], -1)
-        ids = torch.cat([ids, extra], dim=1)
-        weights = torch.cat([weights, torch.ones_like(extra, dtype=torch.float64)], dim=1)
-        error = torch.cat([error, torch.zeros_like(extra, dtype=torch.float64)], dim=1)
-    return Selection(ids, weights, error, choice, margin, open_groups, defined)
+        ones = torch.ones(ids_TK.shape[0], router.fused_shared, dtype=torch.float64, device=ids_TK.device)
+        weights, error = torch.cat([weights, ones], dim=1), torch.cat([error, 0 * ones], dim=1)
+    return weights, error
 
 
 def _near_threshold(x: Tensor, eps: float) -> Tensor:
