@@ -12,7 +12,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -32,7 +31,7 @@ import cuda_faults as faults
 import cuda_strides as strides
 from cuda_timings import copy_bandwidth, timings
 
-from moeproof.harness import modes
+from moeproof.harness import modes, results
 from moeproof.harness.case import Case, parse_case
 from moeproof.harness.inputs import make_inputs
 from moeproof.harness.judge import judge
@@ -209,23 +208,20 @@ def main() -> int:
     start = time.perf_counter()
     arch = toolkit.architecture(torch.device("cuda", 0))
     build_all([arch])
-    record: dict[str, object] = {"build_seconds": round(time.perf_counter() - start, 1)}
+    record = results.origin("cuda", options.output) | {"build_seconds": round(time.perf_counter() - start, 1)}
     lines = cases()
     work: list[tuple[Callable, object]] = [(index_width, None)]  # type: ignore[type-arg]
     work += [(history, c.name) for c in candidates()]
     work += [(verify, (c.name, line)) for line in lines for c in candidates()]
     with ThreadPoolExecutor(len(TOOLS) + len(CONTROLS)) as pool:
         sanitizer = pool.map(sanitize, [*((tool, "") for tool in TOOLS), *CONTROLS])
-        results = in_processes(work, options.workers)
+        found = in_processes(work, options.workers)
         caught = in_processes([(hunt, fault) for fault in faults.FAULTS], options.workers, fresh=True)
         tools = list(sanitizer)
-    (wide, *kept), verdicts = results[: 1 + len(candidates())], results[1 + len(candidates()) :]
+    (wide, *kept), verdicts = found[: 1 + len(candidates())], found[1 + len(candidates()) :]
     bandwidth = copy_bandwidth()
     record |= {
-        "command": "python " + " ".join(sys.argv),
-        "device": torch.cuda.get_device_name(),
-        "versions": _versions(),
-        "date": time.strftime("%Y-%m-%d"),
+        "nvcc": _compiler(),
         "verdicts": {o: sum(v["outcome"] == o for v in verdicts) for o in sorted({v["outcome"] for v in verdicts})},
         "history": kept,
         "index_width": wide,
@@ -236,29 +232,19 @@ def main() -> int:
         "each_verdict": verdicts,
         "seconds": round(time.perf_counter() - start, 1),
     }
-    good = _write(options.output, record)
-    return 0 if good else 1
+    results.write(options.output, record)
+    return 0 if _all_well(record) else 1
 
 
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    compiler = subprocess.run([toolkit.nvcc() or "nvcc", "--version"], capture_output=True, text=True).stdout
-    release = re.search(r"release (\S+),", compiler)
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": version("triton"),
-        "nvcc": release[1] if release else "unknown",
-    }
+def _compiler() -> str:
+    """nvcc's release."""
+    words = subprocess.run([toolkit.nvcc() or "nvcc", "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\S+),", words)
+    return release[1] if release else "unknown"
 
 
-def _write(path: Path, record: dict) -> bool:  # type: ignore[type-arg]
-    """Write the record, print what matters, and say whether all is well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    temporary.replace(path)
+def _all_well(record: dict) -> bool:  # type: ignore[type-arg]
+    """Print what matters, and say whether all is well."""
     wrong = [v for v in record["each_verdict"] if v["outcome"] not in ("PASS", "UNSUPPORTED")]
     missed = [f for f in record["faults"]["each"] if not f["caught"]]
     loud = [t for t in record["sanitizer"] if (t["errors"] != 0) != bool(t["fault"]) or t["errors"] is None]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from moeproof.harness import modes
+from moeproof.harness import results
 from moeproof.reference.contract import FORMATS, Claims
 from moeproof.reference.oracle.codes import round_values, store
 from moeproof.reference.oracle.products import U_FP8, Operand, product
@@ -46,13 +46,11 @@ def measure(length: int, same_sign: bool, fast: bool, device: str) -> dict[str, 
     }
 
 
-def main(out: Path, device: str) -> int:
+def main(output: Path, device: str) -> int:
     rows = [measure(k, same, fast, device) for k in LENGTHS for same in (True, False) for fast in (False, True)]
     for row in rows:
         sys.stdout.write(json.dumps(row) + "\n")
-    table = {"command": "python ci/fp8_accumulator.py", "environment": modes.environment("torch", device), "rows": rows}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    results.write(output, results.origin(device, output) | {"rows": rows})
     return int(any(float(row["observed_over_allowed"]) > 1 for row in rows))  # type: ignore[arg-type]
 
 

@@ -16,6 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from moeproof.harness import results
+
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "optimized"))
 LINES = {
@@ -66,7 +68,9 @@ def main() -> int:
         print(json.dumps(line))
     print(f"{len(kernels)} kernels, {len(bad)} that spill or do not fit")
     if options.output:
-        _write(options.output, kernels)
+        kernels.sort(key=lambda line: (line["kernel"], line["case"]))
+        compiled = {"target": "sm_90, compiled without a GPU", "kernels": kernels}
+        results.write(options.output, results.origin("cpu", options.output) | compiled)
     return 1 if bad or not kernels else 0
 
 
@@ -77,21 +81,6 @@ def _child(share: int, jobs: int) -> list[dict[str, Any]]:
     if child.returncode:
         raise RuntimeError(child.stderr[-3000:])
     return [json.loads(line) for line in child.stdout.splitlines()]
-
-
-def _write(path: Path, kernels: list[dict[str, Any]]) -> None:
-    from importlib.metadata import version
-
-    record = {
-        "command": "python ci/kernel_resources.py",
-        "target": "sm_90, compiled without a GPU",
-        "versions": {name: version(name) for name in ("torch", "triton")},
-        "kernels": sorted(kernels, key=lambda line: (line["kernel"], line["case"])),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 if __name__ == "__main__":

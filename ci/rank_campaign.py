@@ -12,7 +12,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import random
 import signal
 import statistics
@@ -28,6 +27,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 import torch.distributed as dist
 
+from moeproof.harness import results
 from moeproof.harness.ranks import Ending, RankContext, RankPool
 
 DEADLINE = 3.0
@@ -214,9 +214,6 @@ def campaign(ranks: int, transport: str, count: int, cases: int, spawns: int) ->
     started = time.monotonic()
     with RankPool(ranks, transport, deadline=DEADLINE) as pool:
         record: dict[str, Any] = {
-            "command": "python ci/rank_campaign.py " + " ".join(sys.argv[1:]),
-            "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {os.cpu_count()} cores",
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "load_average": os.getloadavg()[0],
             "ranks": ranks,
             "transport": transport,
@@ -241,11 +238,11 @@ def main() -> int:
     parser.add_argument("--spawns", type=int, default=5)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    record = campaign(options.ranks, options.transport, options.kills, options.cases, options.spawns)
-    text = json.dumps(record, indent=1)
-    print(text)
+    record = results.origin("cuda" if torch.cuda.is_available() else "cpu", options.output)
+    record |= campaign(options.ranks, options.transport, options.kills, options.cases, options.spawns)
+    print(json.dumps(record, indent=1))
     if options.output:
-        options.output.write_text(text + "\n")
+        results.write(options.output, record)
     return 0 if passed(record) else 1
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import sys
 import time
 from collections import Counter
@@ -20,6 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
+from moeproof.harness import results
 from moeproof.harness.case import Case
 from moeproof.harness.inputs import make_inputs
 from moeproof.harness.rank_checks import WorldExpectation, judge_world
@@ -39,12 +39,12 @@ def judge(pair: RankPair, case: Case) -> tuple[str, int, float, str]:
     if reason:
         return "unsupported", 0, 0.0, reason
     inputs = make_world_inputs(case)
-    results = on_threads(case.ranks, lambda link: run_rank(pair, [inputs[link.rank]], case.world, link), TIMEOUT)
-    errors = [f"{type(r).__name__}: {r}" for r in results if isinstance(r, Exception)]
+    shown = on_threads(case.ranks, lambda link: run_rank(pair, [inputs[link.rank]], case.world, link), TIMEOUT)
+    errors = [f"{type(r).__name__}: {r}" for r in shown if isinstance(r, Exception)]
     if errors:
         return "error", 0, 0.0, errors[0]
     expect = WorldExpectation(case.world, make_inputs(whole_case(case)), pair.claims)
-    judged = judge_world(expect, [rank[0] for rank in results])
+    judged = judge_world(expect, [rank[0] for rank in shown])
     checked, ratio = sum(c.checked for c in judged.values()), max(c.ratio for c in judged.values())
     findings = [str(f) for c in judged.values() for f in c.findings]
     return ("fail", checked, ratio, findings[0]) if findings else ("pass", checked, ratio, "")
@@ -71,8 +71,7 @@ def main() -> int:
                 ranks[case.ranks] += 1
             if outcome in ("fail", "error"):
                 print(f"{outcome} {pair.name} on {case}: {reason}", flush=True)
-    result = {
-        "command": f"python ci/simulated_ranks.py --count {options.count} --start {options.start}",
+    record = results.origin("cpu", options.output) | {
         "worlds": options.count,
         "pairs": [pair.name for pair in pairs],
         **{name: outcomes[name] for name in ("pass", "fail", "error", "unsupported")},
@@ -81,13 +80,11 @@ def main() -> int:
         "judged_by_ranks": {str(n): ranks[n] for n in sorted(ranks)},
         "unsupported_because": dict(reasons.most_common()),
         "seconds": round(time.perf_counter() - start, 1),
-        "environment": f"torch {torch.__version__}, Python {platform.python_version()}, CPU, one thread per rank",
+        "threads_per_rank": 1,
     }
-    text = json.dumps(result, indent=1)
-    print(text)
+    print(json.dumps(record, indent=1))
     if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(text + "\n", encoding="utf-8")
+        results.write(options.output, record)
     return 1 if outcomes["fail"] or outcomes["error"] or not outcomes["pass"] else 0
 
 

@@ -21,7 +21,10 @@ app = typer.Typer(
 golden_app = typer.Typer(no_args_is_help=True, help="Golden dumps: per-stage tensors of the oracle, for regression.")
 app.add_typer(golden_app, name="golden")
 
-Names = Annotated[list[str] | None, typer.Argument(help="Candidates: installed names, module:attribute, or file.py:attribute.")]
+Names = Annotated[
+    list[str] | None,
+    typer.Argument(help="Candidates: installed names, module:attribute or file.py:attribute; by default all installed."),
+]
 Json = Annotated[bool, typer.Option("--json", help="JSON lines on standard output; tables go to standard error.")]
 Mode = Annotated[str, typer.Option(help="auto, interpret (Triton on the CPU) or device (compiled, on the GPU).")]
 Ranks = Annotated[int, typer.Option(help="Verify candidates for several ranks, on this many; 0 = as the case line says.")]
@@ -33,8 +36,8 @@ Jobs = Annotated[int, typer.Option(help="Worker processes; 0 = one per core (1 o
 @app.command()
 def verify(
     candidates: Names = None,
-    model: Annotated[Optional[list[str]], typer.Option(help="Model presets; by default all of them.")] = None,  # noqa: UP045
-    case: Annotated[Optional[list[str]], typer.Option(help="Case lines instead of presets.")] = None,  # noqa: UP045
+    model: Annotated[list[str] | None, typer.Option(help="Model presets; by default all.")] = None,
+    case: Annotated[list[str] | None, typer.Option(help="Case lines instead of presets.")] = None,
     tier: Annotated[str, typer.Option(help="quick, full or soak: that tier's cases instead of presets.")] = "",
     random: Annotated[int, typer.Option(help="This many random cases instead of presets.")] = 0,
     tokens: Annotated[int, typer.Option(help="Tokens per case.")] = 4,
@@ -66,7 +69,7 @@ def verify(
 @app.command()
 def replay(
     case: Annotated[str, typer.Argument(help="A case line, in quotes.")],
-    candidate: Annotated[Optional[list[str]], typer.Option(help="Candidates to run; by default all installed.")] = None,  # noqa: UP045
+    candidate: Annotated[list[str] | None, typer.Option(help="Candidates; by default all installed.")] = None,
     mode: Mode = "auto",
     transport: Transport = "auto",
     deadline: Deadline = 60.0,
@@ -90,7 +93,7 @@ def shrink(
     case: Annotated[str, typer.Argument(help="A case line that fails, in quotes.")],
     candidate: Annotated[str, typer.Option(help="The candidate that fails on it.")],
     seconds: Annotated[float, typer.Option(help="Time limit.")] = 60.0,
-    runs: Annotated[int, typer.Option(help="Limit on the number of runs.")] = 400,
+    runs: Annotated[int, typer.Option(help="Limit on runs.")] = 400,
     mode: Mode = "auto",
     json: Json = False,
 ) -> None:
@@ -104,7 +107,7 @@ def shrink(
 @app.command()
 def matrix(
     mode: Mode = "auto",
-    config: Annotated[Optional[Path], typer.Option(help="The matrix as data; by default ci/matrix.json here.")] = None,  # noqa: UP045
+    config: Annotated[Path | None, typer.Option(help="The matrix as data; by default ci/matrix.json here.")] = None,
     json: Json = False,
 ) -> None:
     """Run the CI matrix: candidates x presets x dtypes x layouts x modes; every cell ends in a verdict or a reason."""
@@ -115,9 +118,9 @@ def matrix(
     raise typer.Exit(cells.main(config, mode, json))
 
 
-Models = Annotated[list[str] | None, typer.Option("--model", help="Work points of these models; by default all of them.")]
+Models = Annotated[list[str] | None, typer.Option("--model", help="Models whose work points are run; by default all.")]
 Tokens = Annotated[list[int] | None, typer.Option("--tokens", help="Tokens of a call; by default each model's own list.")]
-Routings = Annotated[list[str] | None, typer.Option("--routing", help="uniform, zipf; by default both.")]
+Routings = Annotated[list[str] | None, typer.Option("--routing", help="uniform or zipf; by default both.")]
 
 
 @app.command()
@@ -127,11 +130,11 @@ def bench(
     tokens: Tokens = None,
     routing: Routings = None,
     dtype: Annotated[str, typer.Option(help="bf16 or fp16.")] = "bf16",
-    peers: Annotated[Optional[Path], typer.Option(help="CSV of stored times to hold the readings against.")] = None,  # noqa: UP045
-    seconds: Annotated[float, typer.Option(help="Replays of one candidate at one point, about.")] = 0.15,
+    peers: Annotated[Path | None, typer.Option(help="CSV of stored times that readings are held against.")] = None,
+    seconds: Annotated[float, typer.Option(help="Time of one candidate's replays at one point, about.")] = 0.15,
     stages: Annotated[bool, typer.Option("--stages", help="Also the device time of each kernel, from the profiler.")] = False,
-    output: Annotated[Optional[Path], typer.Option(help="Write all readings as one JSON file.")] = None,  # noqa: UP045
-    plot: Annotated[Optional[Path], typer.Option(help="Draw time and fraction of roof over M (needs matplotlib).")] = None,  # noqa: UP045
+    output: Annotated[Path | None, typer.Option(help="File for all readings, as JSON.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture of time and fraction of roof over M; needs matplotlib.")] = None,
     mode: Mode = "auto",
     json: Json = False,
 ) -> None:
@@ -181,9 +184,9 @@ def tune(
 
 @app.command()
 def policies(
-    scheme: Annotated[str, typer.Option(help="One scheme; by default all of them.")] = "",
-    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32; by default all of them.")] = "",
-    accumulate: Annotated[str, typer.Option(help="The accumulator that a candidate claims.")] = "fp32",
+    scheme: Annotated[str, typer.Option(help="One scheme; by default all.")] = "",
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32; by default all.")] = "",
+    accumulate: Annotated[str, typer.Option(help="Accumulator that a candidate claims.")] = "fp32",
     decode: Annotated[str, typer.Option(help="How it claims to decode weights: exact or dtype.")] = "exact",
     json: Json = False,
 ) -> None:
@@ -196,16 +199,16 @@ def policies(
 @app.command()
 def ratios(
     candidates: Names = None,
-    scheme: Annotated[Optional[list[str]], typer.Option(help="Schemes; by default all quantised ones.")] = None,  # noqa: UP045
+    scheme: Annotated[list[str] | None, typer.Option(help="Schemes; by default all quantised ones.")] = None,
     cases: Annotated[int, typer.Option(help="Random cases per scheme and layout; every fifth an exact probe.")] = 10,
-    out: Annotated[Optional[Path], typer.Option(help="Also write the table as JSON to this file.")] = None,  # noqa: UP045
+    output: Annotated[Path | None, typer.Option(help="File for the table, as JSON.")] = None,
     mode: Mode = "auto",
     json: Json = False,
 ) -> None:
     """Measure observed/allowed errors of healthy candidates for every quantised scheme."""
     from moeproof.harness import ratios as table
 
-    raise typer.Exit(table.main(candidates or [], scheme or [], cases, out, mode, json))
+    raise typer.Exit(table.main(candidates or [], scheme or [], cases, output, mode, json))
 
 
 @app.command()
@@ -218,37 +221,37 @@ def doctor(json: Json = False) -> None:
 
 @app.command()
 def faults(
-    classes: Annotated[Optional[list[str]], typer.Option("--class", help="P01 .. P100, or a name; by default all.")] = None,  # noqa: UP045
+    classes: Annotated[list[str] | None, typer.Option("--class", help="P01 .. P100, or a name; by default all.")] = None,
     rules: Annotated[bool, typer.Option("--rules", help="Public suites' rules and recipes on the same faults.")] = False,
-    out: Annotated[Optional[Path], typer.Option(help="Folder for faults.md and results/faults-cpu.json.")] = None,  # noqa: UP045
+    output: Annotated[Path | None, typer.Option(help="Folder for faults.md and results/faults-cpu.json.")] = None,
     jobs: Jobs = 0,
     json: Json = False,
 ) -> None:
     """Plant the public fault classes one by one, and show what the harness makes of each."""
     from moeproof.harness.faults import command
 
-    raise typer.Exit(command.main(classes or [], rules, out, jobs, json))
+    raise typer.Exit(command.main(classes or [], rules, output, jobs, json))
 
 
 @golden_app.command("record")
 def golden_record(
-    folder: Annotated[Path, typer.Argument(help="Where the dumps go.")],
+    folder: Annotated[Path, typer.Argument(help="Folder for the dumps.")],
     case: Annotated[list[str] | None, typer.Option(help="Case lines; by default the canonical case of every preset.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite dumps that differ.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Dumps that differ are overwritten.")] = False,
+    json: Json = False,
 ) -> None:
     """Write per-stage tensors of the oracle for each case, atomically."""
     from moeproof.harness import golden
     from moeproof.harness.case import parse_case
 
     cases = [parse_case(line) for line in case] if case else golden.canonical_cases()
-    for path in golden.record(cases, folder, force=force):
-        typer.echo(path)
+    raise typer.Exit(golden.main_record(cases, folder, force, json))
 
 
 @golden_app.command("check")
 def golden_check(
-    folder: Annotated[Path, typer.Argument(help="Where the dumps are.")],
-    candidate: Annotated[Optional[list[str]], typer.Option(help="Candidates to hold against the dumps too.")] = None,  # noqa: UP045
+    folder: Annotated[Path, typer.Argument(help="Folder of the dumps.")],
+    candidate: Annotated[list[str] | None, typer.Option(help="Candidates held against the dumps too.")] = None,
     mode: Mode = "auto",
     json: Json = False,
 ) -> None:

@@ -362,6 +362,18 @@ def _check_route(ids: Tensor, weights: Tensor, stored: Dump, inputs: Inputs, cla
 # the command
 
 
+def main_record(cases: Sequence[Case], folder: Path, force: bool, json: bool) -> int:
+    """`moeproof golden record`: print the file of each case and return the exit code."""
+    for path in record(cases, folder, force=force):
+        if json:
+            report.print_json({"file": path.name})
+        else:
+            report.console(json).print(path, markup=False, soft_wrap=True)
+    if json:
+        report.print_json({"cases": len(set(cases))})
+    return 0
+
+
 def main_check(folder: Path, candidates: Sequence[Candidate], json: bool) -> int:
     """`moeproof golden check`: print what came of it and return the exit code."""
     verdicts = []

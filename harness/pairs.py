@@ -80,20 +80,7 @@ def run_pair(pair: Pair, inputs: Inputs) -> Mapping[str, Tensor]:
     prepare_finalize = Tap(pair.prepare_finalize(inputs), ("prepare",))
     experts = Tap(pair.experts(inputs), ("apply",))
     kernel = FusedMoEModularKernel(prepare_finalize, experts)  # type: ignore[arg-type]
-    ids_dtype = prepare_finalize.topk_indices_dtype()
-    out = kernel(
-        inputs.hidden_states,
-        inputs.w1,
-        inputs.w2,
-        inputs.topk_weights,
-        inputs.topk_ids if ids_dtype is None else inputs.topk_ids.to(ids_dtype),
-        inplace=p.inplace,
-        activation=str(p.act),
-        global_num_experts=p.weight_experts,
-        expert_map=inputs.expert_map,
-        **{name: getattr(inputs, name) for name in QUANT_ARGUMENTS},
-        apply_router_weight_on_input=p.weight_on_input,
-    )
+    out = forward(kernel, inputs, prepare_finalize.topk_indices_dtype())
     shown: dict[str, Tensor] = {"out": out}
     if "apply" not in experts.calls:
         return shown
@@ -114,6 +101,25 @@ def run_pair(pair: Pair, inputs: Inputs) -> Mapping[str, Tensor]:
         kept = {} if pair.taps is None else pair.taps(experts.inner)  # type: ignore[arg-type]
         shown |= _batched(prepare_finalize.calls["prepare"][1], {**kept, "y": y}, inputs)
     return shown
+
+
+def forward(kernel: FusedMoEModularKernel, inputs: Inputs, ids_dtype: torch.dtype | None) -> Tensor:
+    """One call of the seed's kernel with everything that belongs to these inputs; ids in the dtype that its prepare wants."""
+    p = inputs.problem
+    out: Tensor = kernel(
+        inputs.hidden_states,
+        inputs.w1,
+        inputs.w2,
+        inputs.topk_weights,
+        inputs.topk_ids if ids_dtype is None else inputs.topk_ids.to(ids_dtype),
+        inplace=p.inplace,
+        activation=str(p.act),
+        global_num_experts=p.weight_experts,
+        expert_map=inputs.expert_map,
+        **{name: getattr(inputs, name) for name in QUANT_ARGUMENTS},
+        apply_router_weight_on_input=p.weight_on_input,
+    )
+    return out
 
 
 def _check_apart(arguments: tuple[Any, ...]) -> None:

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
-from moeproof.harness.pairs import Tap
+from moeproof.harness.pairs import Tap, forward
 from moeproof.reference.contract.candidate import RankPair
 from moeproof.reference.contract.inputs import Inputs
 from moeproof.reference.contract.link import Link
-from moeproof.reference.contract.modular import FusedMoEModularKernel
 from moeproof.reference.contract.world import World
 
 Tensor = torch.Tensor
@@ -50,26 +49,9 @@ def run_rank(pair: RankPair, calls: Sequence[Inputs], world: World, link: Link) 
     for inputs in calls:
         prepare_finalize.calls.clear()
         experts.calls.clear()
-        out = _forward(kernel, inputs, prepare_finalize.topk_indices_dtype())
+        out = forward(kernel, inputs, prepare_finalize.topk_indices_dtype())
         shown.append(_passed(prepare_finalize, experts) | {"out": out.clone()})
     return shown
-
-
-def _forward(kernel: FusedMoEModularKernel, inputs: Inputs, ids_dtype: torch.dtype | None) -> Tensor:
-    p = inputs.problem
-    out: Tensor = kernel(
-        inputs.hidden_states,
-        inputs.w1,
-        inputs.w2,
-        inputs.topk_weights,
-        inputs.topk_ids if ids_dtype is None else inputs.topk_ids.to(ids_dtype),
-        inplace=p.inplace,
-        activation=str(p.act),
-        global_num_experts=p.weight_experts,
-        expert_map=inputs.expert_map,
-        apply_router_weight_on_input=p.weight_on_input,
-    )
-    return out
 
 
 def _passed(prepare_finalize: Tap, experts: Tap) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from moeproof.harness import modes
+from moeproof.harness import modes, results
 from moeproof.harness.inputs import make_inputs
 from moeproof.harness.judge import judge
 from moeproof.harness.quant_sample import QUANTISED, draw_quantised
@@ -83,7 +83,7 @@ def measure(candidates: list[Candidate], scheme: str, cases: int) -> dict[str, o
     }
 
 
-def main(names: list[str], schemes: list[str], cases: int, out: Path | None, mode: str, as_json: bool) -> int:
+def main(names: list[str], schemes: list[str], cases: int, output: Path | None, mode: str, as_json: bool) -> int:
     """Measure, print one line a scheme, and write the table. Exit code 1 where a healthy candidate did not pass."""
     modes.choose(mode)
     check(cases >= 1, f"cases={cases} must be at least 1")
@@ -97,15 +97,12 @@ def main(names: list[str], schemes: list[str], cases: int, out: Path | None, mod
         line = json.dumps(row) if as_json else f"{scheme:<20} {row['outcomes']} sum {row['sum']} stored {row['stored']}"
         sys.stdout.write(line + "\n")
         sys.stdout.flush()
-    summary = {
-        "command": f"moeproof ratios {' '.join(names)} --cases {cases}".replace("  ", " "),
-        "environment": modes.environment("torch", modes.default_device()),
+    summary = results.origin(modes.default_device(), output) | {
         "seconds": round(time.perf_counter() - start, 1),
         "schemes": len(rows),
         "schemes_with_failures": failed,
     }
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(summary | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
+    if output is not None:
+        results.write(output, summary | {"rows": rows})
     sys.stdout.write(json.dumps(summary) + "\n")
     return 1 if failed else 0

@@ -6,7 +6,9 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -18,11 +20,14 @@ PACKAGES = ("torch", "triton", "numpy")
 def origin(device: str, output: Path | None = None) -> dict[str, object]:
     """What a reader needs to repeat a measurement: command, device, versions, date.
 
-    The output's folder is left out of the command: it says where somebody's files lie, nothing about the figures.
+    Folders of this machine, and the output's, are left out of the command: they say where somebody's files lie, nothing
+    about the figures.
     """
-    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    program = Path(sys.argv[0])
+    words = [program.parent.name if program.name == "__main__.py" else program.name, *sys.argv[1:]]
     if output is not None:
         words = [output.name if word == str(output) else word for word in words]
+    words = [re.sub(r"(^|=)/\S*/", r"\1", word) for word in words]
     found = {name: importlib.metadata.version(name) for name in PACKAGES if _installed(name)}
     return {
         "command": " ".join(words),
@@ -33,11 +38,19 @@ def origin(device: str, output: Path | None = None) -> dict[str, object]:
 
 
 def write(path: Path, record: dict[str, object]) -> None:
-    """Write `record` as JSON to `path`, by way of a temporary file beside it."""
+    """Write `record` as JSON to `path`, by way of a temporary file beside it, messages without folders of this machine."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    temporary.write_text(_without_folders(json.dumps(record, indent=1)) + "\n", encoding="utf-8")
     temporary.replace(path)
+
+
+def _without_folders(text: str) -> str:
+    """`text` with files below the working folder, among the installed packages and in temporary folders named from there."""
+    for folder in (Path.cwd(), Path(torch.__file__).parents[1], Path(tempfile.gettempdir())):
+        if folder.name:
+            text = re.sub(rf"(?<![\w./-]){re.escape(str(folder))}/", "", text)
+    return text
 
 
 def _installed(name: str) -> bool:

@@ -93,6 +93,17 @@ def _activate(
     tl.store(h_RI + row * stride_hr + i * stride_hi, h.to(h_RI.dtype.element_ty), mask=mask)
 
 
+def rows_of(x_RN: torch.Tensor, h_RI: torch.Tensor, act: Activation) -> tuple[int, int]:
+    """(R, I) of pre-activations x (R, N) and their results h (R, I), which are refused where they do not go together."""
+    check(x_RN.dim() == 2 and h_RI.dim() == 2, f"activation takes rows: (R, N), not {tuple(x_RN.shape)}")
+    R, I = h_RI.shape  # noqa: E741  (the project's letter)
+    check(
+        x_RN.shape == (R, act.width_in(I)),
+        f"activation '{act}' of {I} columns needs input {(R, act.width_in(I))}, not {tuple(x_RN.shape)}",
+    )
+    return R, I
+
+
 def activate(
     x_RN: torch.Tensor,
     h_RI: torch.Tensor,
@@ -105,12 +116,7 @@ def activate(
     With `slots`, row = slot and only live slots are computed. With `counts` (e,), rows are e equal regions and only the
     first counts[e] of each are computed. Other rows are neither read nor written.
     """
-    check(x_RN.dim() == 2 and h_RI.dim() == 2, f"activation takes rows: (R, N), not {tuple(x_RN.shape)}")
-    R, I = h_RI.shape  # noqa: E741  (the project's letter)
-    check(
-        x_RN.shape == (R, act.width_in(I)),
-        f"activation '{act}' of {I} columns needs input {(R, act.width_in(I))}, not {tuple(x_RN.shape)}",
-    )
+    R, I = rows_of(x_RN, h_RI, act)  # noqa: E741  (the project's letter)
     if not h_RI.numel():
         return
     tile = 65536 if interpreted() else 2048

@@ -3,6 +3,8 @@ experts, scale of the sum. Returns every stage's tensor, so that each can be jud
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from moeproof.optimized.activation import activate
@@ -50,6 +52,29 @@ def shared_expert(
     return y[0], gate.view(T)
 
 
+def finish(
+    inputs: Inputs, slots: Slots, y_SH: torch.Tensor, out_TH: torch.Tensor, stage: Callable[..., None] = combine
+) -> None:
+    """COMBINE of a layer's slots by this implementation of it, with all that the layer adds: identity and shared experts."""
+    p, x = inputs.problem, inputs.hidden_states
+    shared, gate = None, None
+    if p.shared:
+        assert inputs.shared_w1 is not None and inputs.shared_w2 is not None
+        shared, gate = shared_expert(x, inputs.shared_w1, inputs.shared_w2, p.act, inputs.shared_gate)
+    stage(
+        y_SH,
+        inputs.topk_weights,
+        slots,
+        out_TH,
+        weighted=not p.weight_on_input,
+        scale=p.scale_on_sum,
+        zero_experts=p.router.zero_experts,
+        x_TH=x,
+        shared_TH=shared,
+        gate_T=gate,
+    )
+
+
 def run(inputs: Inputs) -> dict[str, torch.Tensor]:
     """Every canonical tensor of the layer. Experts use the case's own ids and weights, not those routed here.
 
@@ -63,22 +88,7 @@ def run(inputs: Inputs) -> dict[str, torch.Tensor]:
 
     rows = weigh_input(x, inputs.topk_weights) if p.weight_on_input else x
     alignment = run_experts(rows, inputs.w1, inputs.w2, slots, p.act, gate_up, h, y, inputs.b1, inputs.b2)
-    shared, gate = None, None
-    if p.shared:
-        assert inputs.shared_w1 is not None and inputs.shared_w2 is not None
-        shared, gate = shared_expert(x, inputs.shared_w1, inputs.shared_w2, p.act, inputs.shared_gate)
-    combine(
-        y.flatten(0, 1),
-        inputs.topk_weights,
-        slots,
-        out,
-        weighted=not p.weight_on_input,
-        scale=p.scale_on_sum,
-        zero_experts=p.router.zero_experts,
-        x_TH=x,
-        shared_TH=shared,
-        gate_T=gate,
-    )
+    finish(inputs, slots, y.flatten(0, 1), out)
     aligned = {"sorted_slots": alignment.sorted_slots, "block_expert": alignment.block_expert}
     stages = {"gate_up": gate_up, "h": h, "y": y, "out": out}
     return routing(inputs) | aligned | {"num_padded": alignment.num_padded} | stages

@@ -82,6 +82,19 @@ def _shared(inputs: Inputs) -> torch.Tensor:
     return y if inputs.shared_gate is None else y * torch.sigmoid(x @ inputs.shared_gate.float())[:, None]
 
 
+def finish(inputs: Inputs, weights_TK: torch.Tensor, y_TKH: torch.Tensor) -> torch.Tensor:
+    """out (T, H): the weighted sum, what identity and shared experts add to it, rounded once; x itself where it is inplace."""
+    p, x = inputs.problem, inputs.hidden_states
+    out = (weights_TK[:, :, None] * y_TKH.float()).sum(dim=1)
+    if p.router.zero_experts:
+        identity = (inputs.topk_ids >= p.E) & (inputs.topk_ids < p.E + p.router.zero_experts)
+        out += torch.where(identity, inputs.topk_weights.float(), 0.0).sum(dim=1, keepdim=True) * x.float()
+    out *= p.scale_on_sum
+    if p.shared:
+        out += _shared(inputs)
+    return x.copy_(out) if p.inplace else out.to(x.dtype)
+
+
 def product(rows: torch.Tensor, w_eNK: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """rows (R, K) @ w[g].T for each group g of rows, which ends before row ends[g] (int32 (e,)); later rows are undefined."""
     return _grouped_mm(rows.contiguous(), w_eNK.transpose(-2, -1), offs=ends)  # type: ignore[misc]
@@ -112,12 +125,4 @@ def run(inputs: Inputs) -> dict[str, torch.Tensor]:
     h = activation(gate_up.float(), p.act).to(x.dtype)
     y = product(h, inputs.w2, offsets) if T else rows.new_empty(0, x.size(1))
     gate_up, h, y = by_slot(gate_up), by_slot(h), by_slot(y)
-
-    out = (weights[:, :, None] * y.float()).sum(dim=1)
-    if p.router.zero_experts:
-        identity = (inputs.topk_ids >= p.E) & (inputs.topk_ids < p.E + p.router.zero_experts)
-        out += torch.where(identity, inputs.topk_weights.float(), 0.0).sum(dim=1, keepdim=True) * x.float()
-    out *= p.scale_on_sum
-    if p.shared:
-        out += _shared(inputs)
-    return {"gate_up": gate_up, "h": h, "y": y, "out": x.copy_(out) if p.inplace else out.to(x.dtype)}
+    return {"gate_up": gate_up, "h": h, "y": y, "out": finish(inputs, weights, y)}

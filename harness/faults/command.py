@@ -23,7 +23,7 @@ from moeproof.harness.tiers import cases_of
 TIER = "full"
 
 
-def main(classes: Sequence[str], rules: bool, out: Path | None, jobs: int, json: bool) -> int:
+def main(classes: Sequence[str], rules: bool, output: Path | None, jobs: int, json: bool) -> int:
     """Hunt the classes (all by default); 0 where all planted ones were caught on the right stage and nothing else alarmed."""
     start = time.perf_counter()
     chosen = [by_id(name) for name in classes] or list(CATALOGUE)
@@ -42,8 +42,8 @@ def main(classes: Sequence[str], rules: bool, out: Path | None, jobs: int, json:
     ours: list[Row] = on_our_inputs(hunts) if rules else []
     total = page.summary(chosen, hunts, well, time.perf_counter() - start)
     page.show(chosen, hunts, well, ours, theirs, total, json)
-    if out is not None:
-        page.write(out, chosen, hunts, well, ours, theirs, total)
+    if output is not None:
+        page.write(output, chosen, hunts, well, ours, theirs, total)
     return 0 if page.all_well(chosen, hunts, well) else 1
 
 

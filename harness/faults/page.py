@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json as jsonlib
 import platform
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from moeproof.harness import results
 from moeproof.harness.faults.fault import GROUNDS, Fault
 from moeproof.harness.faults.healthy import Healthy
 from moeproof.harness.faults.run import Hunt
@@ -126,19 +125,14 @@ def write(
 ) -> None:
     """FOLDER/results/faults-cpu.json and FOLDER/faults.md."""
     environment = f"python {platform.python_version()}, torch {torch.__version__}, cpu ({platform.machine()})"
-    results = folder / "results"
-    results.mkdir(parents=True, exist_ok=True)
-    content = {
-        "command": "moeproof faults --rules --out docs" if ours else "moeproof faults --out docs",
-        "date": time.strftime("%Y-%m-%d"),
-        "environment": environment,
+    content = results.origin("cpu", folder) | {
         "summary": total,
         "not_planted": {f.id: f.why_not for f in chosen if not f.planted},
         "hunts": [record(h) for h in hunts],
         "our_inputs": [_row_record(r) for r in ours],
         "their_recipes": [_row_record(r) for r in theirs],
     }
-    (results / "faults-cpu.json").write_text(jsonlib.dumps(content, indent=1) + "\n", encoding="utf-8")
+    results.write(folder / "results" / "faults-cpu.json", content)
     (folder / "faults.md").write_text(markdown(chosen, hunts, ours, theirs, total, environment), encoding="utf-8")
 
 
@@ -155,7 +149,7 @@ def markdown(
     lines = [
         "# Planted faults",
         "",
-        "Written by `moeproof faults --rules --out docs`; figures as JSON in results/faults-cpu.json.",
+        "Written by `moeproof faults --rules --output docs`; figures as JSON in results/faults-cpu.json.",
         f"{environment}. " + ", ".join(f"{k} {v}" for k, v in total.items()) + ".",
         "",
         f"Each of the {len(chosen)} public fault classes is a small edit of a plain MoE pipeline (harness/faults): one step",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from moeproof.optimized.activation import rows_of
 from moeproof.optimized.cuda import library
 from moeproof.optimized.cuda.slots import NO_SLOTS, slot_arguments
 from moeproof.optimized.slots import Slots
@@ -39,12 +40,7 @@ def activate(
     With `slots`, row = slot and only live slots are computed. With `counts` int32 (e,), rows are e equal regions and only
     the first counts[e] of each are computed. Other rows are neither read nor written.
     """
-    check(x_RN.dim() == 2 and h_RI.dim() == 2, f"activation takes rows: (R, N), not {tuple(x_RN.shape)}")
-    R, I = h_RI.shape  # noqa: E741  (the project's letter)
-    check(
-        x_RN.shape == (R, act.width_in(I)),
-        f"activation '{act}' of {I} columns needs input {(R, act.width_in(I))}, not {tuple(x_RN.shape)}",
-    )
+    R, I = rows_of(x_RN, h_RI, act)  # noqa: E741  (the project's letter)
     check(h_RI.dtype == x_RN.dtype, f"activation output is {h_RI.dtype}, input {x_RN.dtype}; they must be equal")
     library.check_dtype("activation input", x_RN)
     check(slots is None or slots.count == R, f"activation has {R} rows, topk_ids {slots.count if slots else 0} slots")

@@ -91,22 +91,7 @@ def run(inputs: Inputs, stages: Stages) -> dict[str, torch.Tensor]:
     stages.gemm1(weighed, inputs.w1, gate_up, alignment, K, inputs.b1)
     stages.act(gate_up, h, p.act, slots=slots)
     stages.gemm2(h, inputs.w2, y, alignment, 1, inputs.b2)
-    shared, gate = None, None
-    if p.shared:
-        assert inputs.shared_w1 is not None and inputs.shared_w2 is not None
-        shared, gate = layer.shared_expert(x, inputs.shared_w1, inputs.shared_w2, p.act, inputs.shared_gate)
-    stages.combine(
-        y,
-        inputs.topk_weights,
-        slots,
-        out,
-        weighted=not p.weight_on_input,
-        scale=p.scale_on_sum,
-        zero_experts=p.router.zero_experts,
-        x_TH=x,
-        shared_TH=shared,
-        gate_T=gate,
-    )
+    layer.finish(inputs, slots, y, out, stages.combine)
     aligned = {"sorted_slots": alignment.sorted_slots, "block_expert": alignment.block_expert}
     canonical = {name: t.view(T, K, t.size(1)) for name, t in (("gate_up", gate_up), ("h", h), ("y", y))}
     return routing(inputs, stages) | aligned | {"num_padded": alignment.num_padded} | canonical | {"out": out}

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from moeproof.optimized.combine import combine
-from moeproof.optimized.layer import routing, shared_expert
+from moeproof.optimized.layer import finish, routing
 from moeproof.optimized.quant.experts import run_experts, shown_rows
 from moeproof.optimized.quant.gemm import Rows, Weights
 from moeproof.optimized.quant.prepare import quantised_rows
@@ -49,22 +48,7 @@ def run(inputs: Inputs) -> dict[str, Tensor]:
     level = inputs.a1_scale if scheme.a1 is not None and scheme.a1.two_level else None
     rows1 = Rows(xq, scheme.a1, xs, level)
     alignment, rows2 = run_experts(rows1, first, second, slots, p.act, scheme.a2, p.fmt, inputs.a2_scale, gate_up, h, y)
-    shared, gate = None, None
-    if p.shared:
-        assert inputs.shared_w1 is not None and inputs.shared_w2 is not None
-        shared, gate = shared_expert(x, inputs.shared_w1, inputs.shared_w2, p.act, inputs.shared_gate)
-    combine(
-        y,
-        inputs.topk_weights,
-        slots,
-        out,
-        weighted=not p.weight_on_input,
-        scale=p.scale_on_sum,
-        zero_experts=p.router.zero_experts,
-        x_TH=x,
-        shared_TH=shared,
-        gate_T=gate,
-    )
+    finish(inputs, slots, y, out)
     stages = {"gate_up": gate_up.unflatten(0, (T, K)), **shown_rows(h, rows2, (T, K)), "y": y.unflatten(0, (T, K)), "out": out}
     if scheme.a1 is not None:
         assert xs is not None

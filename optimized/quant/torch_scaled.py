@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from moeproof.optimized.torch_grouped import ALIGNMENT, _local_experts, _shared, activation
+from moeproof.optimized.torch_grouped import ALIGNMENT, _local_experts, activation, finish
 from moeproof.reference.contract.formats import FORMATS
 from moeproof.reference.contract.inputs import Inputs
 from moeproof.reference.contract.problem import Problem
@@ -98,16 +98,8 @@ def run(inputs: Inputs) -> dict[str, Tensor]:
     hq, hs = quantise(h)
     y = product(hq, hs, inputs.w2, inputs.w2_scale) if T else x.new_empty(0, p.H)
     gate_up, h, hq, hs, y = (by_slot(t) for t in (gate_up, h, hq, hs, y))
-
-    out = (weights[:, :, None] * y.float()).sum(dim=1)
-    if p.router.zero_experts:
-        identity = (inputs.topk_ids >= p.E) & (inputs.topk_ids < p.E + p.router.zero_experts)
-        out += torch.where(identity, inputs.topk_weights.float(), 0.0).sum(dim=1, keepdim=True) * x.float()
-    out *= p.scale_on_sum
-    if p.shared:
-        out += _shared(inputs)
     shown = {"xq": xq, "xs": xs, "gate_up": gate_up, "h": h, "hq": hq, "hs": hs, "y": y}
-    return shown | {"out": x.copy_(out) if p.inplace else out.to(x.dtype)}
+    return shown | {"out": finish(inputs, weights, y)}
 
 
 def _bits(t: Tensor) -> torch.dtype:

@@ -16,7 +16,14 @@ from moeproof.reference.contract.modular import FusedMoEPrepareAndFinalize, Prep
 from moeproof.reference.contract.quant_checks import check_scale_values, check_static_scale
 from moeproof.reference.contract.schemes import SCHEMES, QuantScheme
 from moeproof.reference.eager.quantise import quantise
-from moeproof.reference.eager.slots import check_routing, check_unquantised, local_ids, num_local_experts, weighted_input
+from moeproof.reference.eager.slots import (
+    check_routing,
+    check_unquantised,
+    local_ids,
+    num_local_experts,
+    sum_slots,
+    weighted_input,
+)
 
 Tensor = torch.Tensor
 UNQUANTISED = SCHEMES["none"]
@@ -28,17 +35,6 @@ def check_output(output: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> None
         f"output is {tuple(output.shape)}, topk_ids {tuple(topk_ids.shape)} and topk_weights {tuple(topk_weights.shape)}; "
         "output must be (tokens, hidden), the others (tokens, slots)",
     )
-
-
-def reduce_slots(output: Tensor, y_TKH: Tensor, live_TK: Tensor, topk_weights: Tensor, weighted_already: bool) -> None:
-    """output (T, H) = sum of w * y over live slots, in float32 from the first slot to the last, rounded once."""
-    total = torch.zeros(output.shape, dtype=torch.float32, device=output.device)
-    for slot in range(live_TK.size(1)):
-        y = y_TKH[:, slot].float()
-        if not weighted_already:
-            y = y * topk_weights[:, slot, None].float()
-        total += torch.where(live_TK[:, slot, None], y, 0.0)
-    output.copy_(total)
 
 
 def _quant1(
@@ -102,7 +98,7 @@ class NoEPPrepareAndFinalize(FusedMoEPrepareAndFinalize):
             tuple(fused_expert_output.shape) == (*topk_ids.shape, output.size(1)),
             f"fused_expert_output is {tuple(fused_expert_output.shape)}, must be {(*topk_ids.shape, output.size(1))}",
         )
-        reduce_slots(output, fused_expert_output, topk_ids >= 0, topk_weights, apply_router_weight_on_input)
+        output.copy_(sum_slots(fused_expert_output, topk_ids >= 0, topk_weights, apply_router_weight_on_input))
 
 
 @dataclass(frozen=True)
@@ -227,4 +223,4 @@ class BatchedPrepareAndFinalize(FusedMoEPrepareAndFinalize):
             f"fused_expert_output is {tuple(fused_expert_output.shape)}, must be {shape}",
         )
         y_TKH = fused_expert_output.reshape(-1, output.size(1))[sent.row_TK.clamp(min=0)]
-        reduce_slots(output, y_TKH, sent.row_TK >= 0, topk_weights, apply_router_weight_on_input)
+        output.copy_(sum_slots(y_TKH, sent.row_TK >= 0, topk_weights, apply_router_weight_on_input))

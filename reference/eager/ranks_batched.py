@@ -10,10 +10,11 @@ from moeproof.reference.contract.errors import ContractError, check
 from moeproof.reference.contract.grid import Grid
 from moeproof.reference.contract.link import Link
 from moeproof.reference.contract.modular import Prepared
-from moeproof.reference.eager.prepare_finalize import check_output, reduce_slots
+from moeproof.reference.eager.prepare_finalize import check_output
 from moeproof.reference.eager.ranks_common import Quantise, RankPrepareAndFinalize
 from moeproof.reference.eager.ranks_exchange import exchange_counts, start_exchange
 from moeproof.reference.eager.ranks_message import byte_rows
+from moeproof.reference.eager.slots import sum_slots
 
 Tensor = torch.Tensor
 
@@ -133,7 +134,7 @@ class BatchedAllToAll(RankPrepareAndFinalize):
         send, receive = self._splits(sent.region)
         (back,) = start_exchange(self.link, [rows], receive, send)()
         y_TKH = back[sent.row_TK.clamp(min=0)]
-        reduce_slots(output, y_TKH, sent.row_TK >= 0, topk_weights, apply_router_weight_on_input)
+        output.copy_(sum_slots(y_TKH, sent.row_TK >= 0, topk_weights, apply_router_weight_on_input))
 
     def _check_capacity(self, counts_RE: Tensor) -> None:
         """The same on every rank, since all see the same counts."""

@@ -14,7 +14,7 @@ from moeproof.reference.contract.grid import Grid
 from moeproof.reference.contract.link import Link
 from moeproof.reference.contract.modular import FusedMoEPrepareAndFinalize
 from moeproof.reference.eager.ranks_link import check_size
-from moeproof.reference.eager.slots import check_routing, check_unquantised, weighted_input
+from moeproof.reference.eager.slots import check_routing, check_unquantised, sum_slots, weighted_input
 
 Tensor = torch.Tensor
 T = TypeVar("T")
@@ -181,16 +181,10 @@ def check_finalize(output: Tensor, hidden: int, tokens: int, topk_weights: Tenso
 
 def partial_sum(y: Tensor, ids_TK: Tensor, topk_weights: Tensor, hidden: int, weighted_already: bool) -> Tensor:
     """float32 (n, hidden): sum over live slots of w * y, slot by slot. `y` (n, K, hidden), or empty where nothing arrived."""
-    total = torch.zeros(ids_TK.size(0), hidden, dtype=torch.float32, device=ids_TK.device)
     if y.numel() == 0:
-        return total
+        return torch.zeros(ids_TK.size(0), hidden, dtype=torch.float32, device=ids_TK.device)
     check(
         tuple(y.shape) == (*ids_TK.shape, hidden),
         f"fused_expert_output is {tuple(y.shape)}, must be {(*ids_TK.shape, hidden)}",
     )
-    for slot in range(ids_TK.size(1)):
-        term = y[:, slot].float()
-        if not weighted_already:
-            term = term * topk_weights[:, slot, None].float()
-        total += torch.where(ids_TK[:, slot, None] >= 0, term, 0.0)
-    return total
+    return sum_slots(y, ids_TK >= 0, topk_weights, weighted_already)

@@ -63,6 +63,17 @@ def check_unquantised(**tensors: Tensor | None) -> None:
     check(not given, f"{', '.join(given)} given, but this implementation is unquantised; allowed: None")
 
 
+def sum_slots(y_TKH: Tensor, live_TK: Tensor, topk_weights: Tensor, weighted_already: bool) -> Tensor:
+    """float32 (T, H): sum of w * y over live slots, from the first slot to the last."""
+    total = torch.zeros(y_TKH.size(0), y_TKH.size(2), dtype=torch.float32, device=y_TKH.device)
+    for slot in range(live_TK.size(1)):
+        y = y_TKH[:, slot].float()
+        if not weighted_already:
+            y = y * topk_weights[:, slot, None].float()
+        total += torch.where(live_TK[:, slot, None], y, 0.0)
+    return total
+
+
 def weighted_input(a1: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
     """a1 (tokens, K) times each token's only weight, in float32, rounded to a1's dtype; zero rows where the id is -1."""
     weight = torch.where(topk_ids >= 0, topk_weights.float(), 0.0)

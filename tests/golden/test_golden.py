@@ -326,6 +326,14 @@ def test_a_path_out_of_the_folder_is_refused(folder: Path) -> None:
 # recording
 
 
+def test_the_record_command_names_the_file_of_each_case(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert golden.main_record([parse_case(PLAIN)], tmp_path / "new", force=False, json=True) == 0
+
+    first, last = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert (tmp_path / "new" / first["file"]).is_file()
+    assert last == {"cases": 1}
+
+
 def test_record_refuses_to_lose_a_difference(folder: Path) -> None:
     _with_last_bit(folder, EXACT, "y.value")
     before = _bytes(folder)

@@ -4,25 +4,16 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
+import typer.main
+from typer.core import TyperGroup
+from user_side import KERNEL, moeproof
 
 from moeproof.harness import cli
 
-GOOD = """
-import torch
-
-def moe(hidden_states, w1, w2, topk_weights, topk_ids):
-    out = torch.zeros(hidden_states.shape)
-    for e in range(w1.shape[0]):
-        t, k = torch.nonzero(topk_ids == e, as_tuple=True)
-        g, u = (hidden_states[t].float() @ w1[e].float().T).chunk(2, -1)
-        y = (torch.nn.functional.silu(g) * u) @ w2[e].float().T
-        out.index_add_(0, t, y * topk_weights[t, k, None])
-    return out.to(hidden_states.dtype)
-
+ZEROS = """
 def zeros(hidden_states, *rest):
     return torch.zeros_like(hidden_states)
 """
@@ -32,18 +23,8 @@ LINE = "T=5,H=24,I=16,E=4,K=2,seed=1"
 @pytest.fixture
 def kernels(tmp_path: Path) -> str:
     path = tmp_path / "kernels.py"
-    path.write_text(GOOD)
+    path.write_text(KERNEL + ZEROS)
     return str(path)
-
-
-def moeproof(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """Run the command in this process; its exit code."""
-    monkeypatch.setattr(sys, "argv", ["moeproof", *arguments])
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
 
 
 def test_verify_passes(kernels: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,6 +141,21 @@ def test_wrong_usage_is_two(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     assert moeproof(monkeypatch, "verify", "--no-such-option") == 2
     assert moeproof(monkeypatch, "nonsense") == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_commands_name_common_options_alike() -> None:
+    app = typer.main.get_command(cli.app)
+    assert isinstance(app, TyperGroup)
+    golden = app.commands["golden"]
+    assert isinstance(golden, TyperGroup)
+    commands = {**app.commands, **{f"golden {name}": command for name, command in golden.commands.items()}}
+    del commands["golden"]
+
+    for name, command in commands.items():
+        options = {word for parameter in command.params for word in parameter.opts if word.startswith("--")}
+        assert "--json" in options, name
+        assert not {"--out", "--candidates", "--models"} & options, name
+        assert all(getattr(parameter, "help", "") for parameter in command.params), f"{name}: every option says what it does"
 
 
 def test_doctor_lists_versions_and_candidates(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

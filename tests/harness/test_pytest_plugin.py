@@ -5,26 +5,18 @@ from __future__ import annotations
 import os
 
 import pytest
+from user_side import KERNEL
 
-CONFTEST = """
-import torch
-import pytest
-
-def moe(hidden_states, w1, w2, topk_weights, topk_ids):
-    out = torch.zeros(hidden_states.shape)
-    for e in range(w1.shape[0]):
-        t, k = torch.nonzero(topk_ids == e, as_tuple=True)
-        g, u = (hidden_states[t].float() @ w1[e].float().T).chunk(2, -1)
-        y = (torch.nn.functional.silu(g) * u) @ w2[e].float().T
-        out.index_add_(0, t, y * topk_weights[t, k, None])
-    return out.to(hidden_states.dtype)
-
+CONFTEST = (
+    KERNEL
+    + """
 def halved(*arguments):
     return moe(*arguments) / 2
 
 def pytest_moeproof_candidates():
     return [moe, halved]
 """
+)
 TEST = """
 import torch
 

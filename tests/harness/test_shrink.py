@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 from pathlib import Path
 
 import pipeline
 import pytest
 import test_faults
 import torch
+from user_side import KERNEL, moeproof
 
-from moeproof.harness import cli
 from moeproof.harness.case import parse_case
 from moeproof.harness.reductions import reductions, smaller
 from moeproof.harness.shrink import Step, blame, shrink
@@ -23,18 +22,10 @@ BIG = (
     "T=33,H=104,I=72,E=8,K=2,dtype=fp16,shared=24,scale_on_sum=2.5,storage=KN,"
     "router=softmax:renorm=sum,values=hetero,routing=zipf,strided=1,seed=5"
 )
-WRECKS = """
+WRECKS = (
+    KERNEL
+    + """
 import os, time
-import torch
-
-def moe(hidden_states, w1, w2, topk_weights, topk_ids):
-    out = torch.zeros(hidden_states.shape)
-    for e in range(w1.shape[0]):
-        t, k = torch.nonzero(topk_ids == e, as_tuple=True)
-        g, u = (hidden_states[t].float() @ w1[e].float().T).chunk(2, -1)
-        y = (torch.nn.functional.silu(g) * u) @ w2[e].float().T
-        out.index_add_(0, t, y * topk_weights[t, k, None])
-    return out.to(hidden_states.dtype)
 
 def aborts(hidden_states, *rest):
     if hidden_states.shape[0] > 2:
@@ -60,6 +51,7 @@ def late(*arguments):
     calls.append(1)
     return moe(*arguments) * (0 if len(calls) > 40 else 1)
 """
+)
 SAMPLE = [f for f in test_faults.FAULTS if f.token is None][::3]
 """Faults planted at a fixed token need that token: they are no measure of shrinking."""
 
@@ -209,19 +201,13 @@ def test_what_depends_on_history_is_confirmed_in_a_fresh_process(wrecks: str) ->
 def test_the_command_prints_steps_and_a_replay_line(
     wrecks: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def moeproof(*arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["moeproof", "shrink", *arguments])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        return int(stop.value.code or 0)
-
     line = "T=5,H=24,I=16,E=4,K=2"
-    assert moeproof(line, "--candidate", f"{wrecks}:raises", "--json") == 1
+    assert moeproof(monkeypatch, "shrink", line, "--candidate", f"{wrecks}:raises", "--json") == 1
     shown = capsys.readouterr()
     record = json.loads(shown.out)
     assert set(record) == {"from", "to", "steps", "tokens", "runs", "seconds", "complete", "blame", "replay"}
     assert record["replay"] == f'moeproof replay "{record["to"]}" --candidate {wrecks}:raises'
     assert "s  E: T=5" in shown.err
 
-    assert moeproof(line, "--candidate", f"{wrecks}:moe") == 2
+    assert moeproof(monkeypatch, "shrink", line, "--candidate", f"{wrecks}:moe") == 2
     assert "nothing to shrink" in capsys.readouterr().err

@@ -1,6 +1,6 @@
 """The catalogue, class by class: each planted fault fires, is caught and blamed on its stage; its twin is silent.
 
-Cases are those on which the campaign (`moeproof faults --out docs`) caught each variant, read from docs/results.
+Cases are those on which the campaign (`moeproof faults --output docs`) caught each variant, read from docs/results.
 """
 
 from __future__ import annotations

@@ -4,29 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from user_side import moeproof
 
-from moeproof.harness import cli
 from moeproof.reference.contract.world import rank_seed
 
 LINE = "T=16,H=32,I=16,E=5,K=2,routing=zipf,seed=3"
 PLACED = "T=16,H=32,I=16,E=5,K=2,routing=zipf,ranks=2,seed=3"
 FILE = str(Path(__file__).parent / "rank_candidates.py")
-
-
-def moeproof(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """Run the command in this process; its exit code."""
-    monkeypatch.setattr(sys, "argv", ["moeproof", *arguments])
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
 
 
 def lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
