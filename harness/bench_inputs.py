@@ -12,7 +12,7 @@ from moeproof.harness.bench_points import Work
 from moeproof.harness.compare import Comparison, compare
 from moeproof.harness.generator import Stream
 from moeproof.harness.inputs import make_inputs
-from moeproof.harness.recipes import RECIPES
+from moeproof.harness.values import RECIPES
 from moeproof.reference.contract.candidate import Claims
 from moeproof.reference.contract.inputs import Inputs
 from moeproof.reference.oracle.chain import chain

@@ -40,10 +40,10 @@ def _activation(
             if LIMIT > 0:
                 g = _at_most(g, LIMIT)
                 u = _within(u, LIMIT)
-            h = g * quick_sigmoid(g) * u
+            h = g * quick_sigmoid(g, 1.0) * u
         elif NAME == "swigluoai" or NAME == "swigluoai_uninterleave":
             g = _at_most(g, LIMIT)
-            h = g * quick_sigmoid(ALPHA * g) * (_within(u, LIMIT) + BETA)
+            h = g * quick_sigmoid(g, ALPHA) * (_within(u, LIMIT) + BETA)
         else:
             h = gated(g, u, NAME, ALPHA, BETA, LIMIT, LINEAR_BETA)
     else:

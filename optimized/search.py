@@ -64,8 +64,8 @@ def starts(problem: Problem, local_experts: int) -> list[Plan]:
     rows = point(problem, local_experts).rows_per_expert
     plans = [Plan(STRIPS[2], STRIPS[2])] if problem.T <= FEW else []
     for height, texts in STARTS.items():
-        # Half-empty tiles cost little where weight bytes rule, and short ones read the weights again.
-        if (height == 16 or height <= 2.5 * rows) and (height >= 64 or rows <= 2.5 * height):
+        # Half-empty tiles cost little where weight bytes rule, short ones read the weights of a busy expert again.
+        if (height == 16 or height <= 4 * rows) and (height >= 64 or rows <= 2.5 * height):
             plans += [Plan(Tile.parse(text), Tile.parse(text)) for text in texts]
     return plans
 

@@ -104,7 +104,8 @@ def test_the_table_decides_and_the_rule_does_the_rest(tmp_path: Path, monkeypatc
     cpu = torch.device("cpu")
 
     assert plans.choose(known, cpu) == plans.DECODE
-    assert plans.choose(Point("bf16", 4, 2, 64, 32, 10**6), cpu) == Plan.parse(KINDS["persistent"])
+    assert plans.choose(Point("fp16", 4, 2, 64, 32, 10**4), cpu) == Plan.parse(KINDS["persistent"])
+    assert plans.choose(Point("bf16", 4, 2, 64, 32, 10**6), cpu) == plans.RULE[-1][1]
     assert plans.choose(Point("bf16", 5, 2, 64, 32, 10**6), cpu) == plans.RULE[-1][1]
     assert {str(p) for p in plans.selectable("sm90")} >= set(row.values())
     plans.table.cache_clear()
