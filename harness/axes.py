@@ -58,7 +58,7 @@ DEFAULTS: Row = {
 COUPLED = ("E", "K", "router")
 """Axes that exclude each other beyond what one default could stand for."""
 _activation, _router = functools.cache(Activation.parse), functools.cache(Router.parse)
-CONSTRAINED = (*COUPLED, "act", "routing", "values", "extra", "ranks", "also")
+CONSTRAINED = (*COUPLED, "act", "routing", "values", "extra", "ranks", "also", "logits")
 """Axes of which some values exclude each other; the others go with everything."""
 EXTRAS = {"expert_bias": True, "weight_on_input": True, "shared": 20, "scale_on_sum": 2.5, "inplace": True}
 

@@ -12,6 +12,7 @@ from moeproof.harness.bench_points import Work
 from moeproof.harness.compare import Comparison, compare
 from moeproof.harness.generator import Stream
 from moeproof.harness.inputs import make_inputs
+from moeproof.harness.tokens import tokens_at
 from moeproof.harness.values import RECIPES
 from moeproof.reference.contract.candidate import Claims
 from moeproof.reference.contract.inputs import Inputs
@@ -60,14 +61,7 @@ def answer(inputs: Inputs, claims: Claims) -> Answer:
     chunk = max(1, ORACLE_BYTES // (8 * 10 * p.slots * p.N))
     parts = []
     for first in range(0, p.T, chunk):
-        rows = slice(first, min(first + chunk, p.T))
-        some = replace(
-            inputs,
-            problem=replace(p, T=rows.stop - rows.start),
-            hidden_states=inputs.hidden_states[rows],
-            topk_ids=inputs.topk_ids[rows],
-            topk_weights=inputs.topk_weights[rows],
-        )
+        some = tokens_at(inputs, torch.arange(first, min(first + chunk, p.T), device=inputs.device))
         parts.append(chain(some, claims)["out"])
     bounds = [part.bound for part in parts if part.bound is not None]
     return Answer(Value(torch.cat([part.value for part in parts]), torch.cat(bounds), None, parts[0].fmt))

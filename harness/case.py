@@ -161,6 +161,11 @@ class Case:
             check(routing in repeats, f"K > E names experts twice: routing={routing} cannot, use {', '.join(repeats)}")
         if routing == "empty":
             check(p.E - p.K >= 3, "routing=empty leaves 3 experts without tokens: it needs E >= K + 3")
+        if routing == "router":
+            # ROUTE is judged on any logits; the rest of the layer needs weights that count.
+            check(
+                self.logits != "deep", "routing=router with logits=deep: the weights underflow; ROUTE needs no routing=router"
+            )
         if routing in ("tile", "pair"):
             check(p.K <= p.E and p.E > 1, f"routing={routing} needs E > 1 and K <= E")
 

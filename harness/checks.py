@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from moeproof.harness.gate import blind
 from moeproof.harness.history import HISTORY_CHECKS
 from moeproof.harness.memory import PATTERNS
@@ -40,6 +42,11 @@ def memory(trial: Trial) -> Ruling | None:
     if failed(again) or differences([trial.runs[0], again], trial.inputs):
         words = "two runs on the same inputs differ, and the candidate claims the same bits from run to run"
         return Ruling(Outcome.FLAKY, tuple(Finding(TENSORS[n], n, words) for n in changed))
+    # Where one of the patterns gives a wrong result, that is the better story: it has a stage and coordinates.
+    for pattern, run in zip(PATTERNS[1:], trial.runs[1:], strict=False):
+        if ruling := trial.right(run):
+            where = f"where unwritten memory holds '{pattern}'"
+            return replace(ruling, findings=tuple(replace(f, message=f"{f.message} {where}") for f in ruling.findings))
     words = f"the result depends on what unwritten memory held ({' against '.join(PATTERNS)})"
     return Ruling(Outcome.FAIL, tuple(Finding(TENSORS[n], n, words) for n in changed))
 

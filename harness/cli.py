@@ -24,6 +24,9 @@ app.add_typer(golden_app, name="golden")
 Names = Annotated[list[str] | None, typer.Argument(help="Candidates: installed names, module:attribute, or file.py:attribute.")]
 Json = Annotated[bool, typer.Option("--json", help="JSON lines on standard output; tables go to standard error.")]
 Mode = Annotated[str, typer.Option(help="auto, interpret (Triton on the CPU) or device (compiled, on the GPU).")]
+Ranks = Annotated[int, typer.Option(help="Verify candidates for several ranks, on this many; 0 = as the case line says.")]
+Transport = Annotated[str, typer.Option(help="Between ranks: auto, simulated, gloo, symm or nccl.")]
+Deadline = Annotated[float, typer.Option(help="Seconds for one case on all ranks; after them the verdict is TIMEOUT.")]
 Jobs = Annotated[int, typer.Option(help="Worker processes; 0 = one per core (1 on a GPU).")]
 
 
@@ -41,13 +44,20 @@ def verify(
     ] = False,
     mode: Mode = "auto",
     jobs: Jobs = 0,
+    ranks: Ranks = 0,
+    transport: Transport = "auto",
+    deadline: Deadline = 60.0,
     json: Json = False,
 ) -> None:
     """Verify the installed candidates (or the named ones) over the presets of real models."""
     from moeproof.harness import report, workers
+    from moeproof.harness.ranks import command as on_ranks
 
+    work = workers.plan(model or [], case or [], tier, random, tokens, dtype, full_size, ranks)
+    if on_ranks.wanted(ranks, work):
+        given = candidates or []
+        raise typer.Exit(on_ranks.main(given, work, ranks, transport, mode, deadline, json, strict=bool(case)))
     mode = workers.settle(mode)
-    work = workers.plan(model or [], case or [], tier, random, tokens, dtype, full_size)
     names = workers.resolve(candidates or [])
     verdicts = report.progress(workers.run(names, work, mode, jobs), len(names) * len(work), json)
     raise typer.Exit(report.verify(verdicts, work, json))
@@ -58,13 +68,18 @@ def replay(
     case: Annotated[str, typer.Argument(help="A case line, in quotes.")],
     candidate: Annotated[Optional[list[str]], typer.Option(help="Candidates to run; by default all installed.")] = None,  # noqa: UP045
     mode: Mode = "auto",
+    transport: Transport = "auto",
+    deadline: Deadline = 60.0,
     json: Json = False,
 ) -> None:
     """Run one case again and show every finding."""
     from moeproof.harness import report, workers
+    from moeproof.harness.ranks import command as on_ranks
 
-    mode = workers.settle(mode)
     work = workers.plan([], [case], "", 0, 4, "bf16", False)
+    if on_ranks.wanted(0, work):
+        raise typer.Exit(on_ranks.main(candidate or [], work, 0, transport, mode, deadline, json, strict=True, replay=True))
+    mode = workers.settle(mode)
     names = workers.resolve(candidate or [])
     verdicts = list(workers.run(names, work, mode, 1))
     raise typer.Exit(report.replay(verdicts, json))
@@ -207,6 +222,20 @@ def doctor(json: Json = False) -> None:
     from moeproof.harness import doctor as checks
 
     raise typer.Exit(checks.main(json))
+
+
+@app.command()
+def faults(
+    classes: Annotated[Optional[list[str]], typer.Option("--class", help="P01 .. P100, or a name; by default all.")] = None,  # noqa: UP045
+    rules: Annotated[bool, typer.Option("--rules", help="Public suites' rules and recipes on the same faults.")] = False,
+    out: Annotated[Optional[Path], typer.Option(help="Folder for faults.md and results/faults-cpu.json.")] = None,  # noqa: UP045
+    jobs: Jobs = 0,
+    json: Json = False,
+) -> None:
+    """Plant the public fault classes one by one, and show what the harness makes of each."""
+    from moeproof.harness.faults import command
+
+    raise typer.Exit(command.main(classes or [], rules, out, jobs, json))
 
 
 @golden_app.command("record")

@@ -47,6 +47,10 @@ class KernelFault(Exception):
     def __str__(self) -> str:
         return self.message
 
+    def as_finding(self) -> dict[str, str]:
+        """Tensor and message of the finding that a judge makes of it: a bad access is a wrong kernel, not a broken run."""
+        return {"tensor": self.tensor or self.kernel, "message": self.message}
+
 
 @dataclass(frozen=True)
 class LaunchReport:

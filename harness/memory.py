@@ -23,7 +23,7 @@ GUARD = 512
 BEFORE = 1 << 20
 """At most this many bytes lie before a tensor, for what reads index -1."""
 PATTERNS = ("nan", "ff", "big")
-"""NaN in floats and huge integers; all bits set (-1 in ids); 1e4 in floats and small positive integers."""
+"""NaN in floats and huge integers; all bits set (-1 in ids); 1e4 in floats and 1 in integers."""
 
 DIRTY = (1 << 10, 1 << 13, 1 << 16, 1 << 20)
 """Sizes in bytes of the blocks that are filled and freed before a call."""
@@ -39,6 +39,8 @@ def fill(t: Tensor, pattern: str) -> None:
         t.view(torch.uint8).fill_(0xFF)
     elif t.is_floating_point() and t.element_size() > 1:
         t.fill_(float("nan") if pattern == "nan" else 1e4)
+    elif pattern == "big" and not t.is_floating_point():
+        t.fill_(1)  # an id, count or slot number that looks valid: an unwritten one must show as a wrong one
     else:
         t.view(torch.uint8).fill_(0x7F if pattern == "nan" else 0x01)
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from moeproof.harness.pairs import as_candidate
 from moeproof.reference.contract.candidate import Candidate, Pair, RankPair
@@ -53,22 +54,40 @@ def _flatten(thing: object) -> list[object]:
 
 def load_candidates(names: Iterable[str]) -> list[Candidate]:
     """Candidates by name, or by `package.module:attribute` or `path/to/file.py:attribute`."""
-    chosen: list[Candidate] = []
     installed = {c.name: c for c in find_candidates()}
-    for name in names:
-        if name in installed:
-            chosen.append(installed[name])
-        elif ":" in name:
-            chosen.append(_from_path(name))
-        else:
-            near = difflib.get_close_matches(name, installed, n=3)
-            hint = f"; did you mean {' or '.join(near)}?" if near else ""
-            allowed = ", ".join(installed) or "none is installed"
-            raise ContractError(f"candidate '{name}' is not known; allowed: {allowed}, or module:attribute{hint}")
-    return chosen
+    return [_named(name, installed) or replace(as_candidate(_from_path(name)), source=name) for name in names]
 
 
-def _from_path(spec: str) -> Candidate:
+def load_rank_pairs(names: Iterable[str]) -> list[RankPair]:
+    """Candidates for several ranks, by name or by path, as load_candidates."""
+    names = list(names)
+    # Every rank loads its candidates anew: paths alone need not import what is installed.
+    installed = {} if all(":" in name for name in names) else {p.name: p for p in find_rank_pairs()}
+    return [_named(name, installed) or _as_rank_pair(name, _from_path(name)) for name in names]
+
+
+def _as_rank_pair(spec: str, thing: object) -> RankPair:
+    if not isinstance(thing, RankPair):
+        raise ContractError(f"candidate '{spec}' is a {type(thing).__name__}; a candidate for several ranks is a RankPair")
+    return replace(thing, source=spec)
+
+
+Named = TypeVar("Named", Candidate, RankPair)
+
+
+def _named(name: str, installed: dict[str, Named]) -> Named | None:
+    """The installed candidate of this name; None where the name is a path. Raises ContractError where it is neither."""
+    if name in installed:
+        return installed[name]
+    if ":" not in name:
+        near = difflib.get_close_matches(name, installed, n=3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        allowed = ", ".join(installed) or "none is installed"
+        raise ContractError(f"candidate '{name}' is not known; allowed: {allowed}, or module:attribute{hint}")
+    return None
+
+
+def _from_path(spec: str) -> object:
     where, _, attribute = spec.rpartition(":")
     try:
         module = _load_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
@@ -77,7 +96,8 @@ def _from_path(spec: str) -> Candidate:
     except Exception as error:  # whatever the user's module does on import, say it in one line
         raise ContractError(f"candidate '{spec}': {where} cannot be imported: {error}") from error
     check(hasattr(module, attribute), f"candidate '{spec}': {where} has no attribute '{attribute}'")
-    return replace(as_candidate(getattr(module, attribute)), source=spec)
+    thing: object = getattr(module, attribute)
+    return thing
 
 
 def _load_file(path: Path) -> object:

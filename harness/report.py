@@ -60,6 +60,7 @@ def as_dict(v: Verdict) -> dict[str, object]:
         "claims": v.claims,
         "seconds": round(v.seconds, 4),
         "environment": v.environment,
+        **({"rank": v.rank, "transport": v.transport, "rank_seeds": v.rank_seeds} if v.transport else {}),
         "findings": [_finding(f) for f in v.findings],
         "replay": v.replay,
     }

@@ -31,6 +31,7 @@ QUICK = (
     f"{_PLAIN},routing=hot,strided=1,seed=9",
     f"{_PLAIN},routing=none,seed=10",
     f"{_PLAIN},routing=router,router=softmax:renorm=sum,logits=ties,seed=11",
+    f"{_PLAIN},router=sigmoid:groups=4/2:top2:renorm=sum,logits=ties,seed=16",
     "T=0,H=32,I=16,E=4,K=2,seed=12",
     "T=1,H=64,I=48,E=5,K=1,history=interleave,seed=13",
     "T=16,H=64,I=32,E=60,K=6,dtype=fp16,seed=14",

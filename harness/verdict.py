@@ -11,6 +11,7 @@ from enum import Enum
 
 from moeproof.harness.case import Case
 from moeproof.reference.contract.stages import Stage
+from moeproof.reference.contract.world import rank_seed
 
 
 class Outcome(str, Enum):
@@ -80,6 +81,10 @@ class Verdict:
     environment: str = ""
     source: str = ""
     """What a command line calls the candidate; empty where its name is enough."""
+    rank: int | None = None
+    """The rank to look at, where a case on several ranks did not pass."""
+    transport: str = ""
+    """What carried the bytes between the ranks; empty on a single rank."""
 
     def __post_init__(self) -> None:
         rules = {
@@ -100,9 +105,15 @@ class Verdict:
         return max(self.worst.values(), default=0.0)
 
     @property
+    def rank_seeds(self) -> tuple[int, ...]:
+        """What each rank's own generator starts from; empty on a single rank."""
+        return tuple(rank_seed(self.case.seed, rank) for rank in range(self.case.ranks)) if self.transport else ()
+
+    @property
     def replay(self) -> str:
         """The line that repeats it."""
-        return f'moeproof replay "{self.case}" --candidate {shlex.quote(self.source or self.candidate)}'
+        transport = f" --transport {self.transport}" if self.transport else ""
+        return f'moeproof replay "{self.case}" --candidate {shlex.quote(self.source or self.candidate)}{transport}'
 
     def __str__(self) -> str:
         lines = [f"{self.outcome} {self.candidate} on {self.case}"]
@@ -110,5 +121,7 @@ class Verdict:
             lines.append(f"  {self.reason}")
         lines += [f"  {finding}" for finding in self.findings]
         if self.outcome not in (Outcome.PASS, Outcome.UNSUPPORTED):
+            if self.rank_seeds:
+                lines.append(f"  rank seeds {', '.join(map(str, self.rank_seeds))}")
             lines.append(f"  {self.replay}")
         return "\n".join(lines)

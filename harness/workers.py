@@ -34,7 +34,16 @@ def settle(mode: str) -> str:
     return modes.choose(mode)
 
 
-def plan(models: Sequence[str], lines: Sequence[str], tier: str, random: int, tokens: int, dtype: str, full_size: bool) -> Work:
+def plan(
+    models: Sequence[str],
+    lines: Sequence[str],
+    tier: str,
+    random: int,
+    tokens: int,
+    dtype: str,
+    full_size: bool,
+    ranks: int = 0,
+) -> Work:
     """What to run: case lines, a tier, random cases, or presets in both layouts. Raises ContractError on anything malformed."""
     given = [option for option in (models, lines, tier, random) if option]
     check(len(given) <= 1, "give one of --model, --case, --tier and --random")
@@ -50,7 +59,8 @@ def plan(models: Sequence[str], lines: Sequence[str], tier: str, random: int, to
     work: Work = []
     for name in models or PRESETS:
         problem = preset(name)
-        problem = replace(problem, T=tokens) if full_size else scaled(problem, tokens, TWIN_EXPERTS, TWIN_WIDTH)
+        # A twin has an expert for every rank, as far as its model has.
+        problem = replace(problem, T=tokens) if full_size else scaled(problem, tokens, max(TWIN_EXPERTS, ranks), TWIN_WIDTH)
         for layout in LAYOUTS:
             work.append((name, Case(replace(problem, dtype=dtype, layout=layout))))
     return work

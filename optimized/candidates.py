@@ -6,6 +6,7 @@ from moeproof.optimized import fused, layer, plans, search, torch_grouped
 from moeproof.optimized.experts import TritonBatchedExperts, TritonExperts
 from moeproof.optimized.plans import Plan
 from moeproof.optimized.prepare_finalize import TritonBatchedPrepareFinalize, TritonNoEPPrepareFinalize
+from moeproof.optimized.quant.candidates import quant_candidates
 from moeproof.reference.contract.candidate import Candidate, Claims, Pair, Tuning
 from moeproof.reference.contract.inputs import Inputs
 from moeproof.reference.contract.problem import Problem
@@ -15,7 +16,7 @@ def _unsupported(problem: Problem) -> str | None:
     """What none of the candidates does."""
     p = problem
     if p.scheme != "none":
-        return f"quantised experts are not implemented (scheme={p.scheme})"
+        return f"unquantised only (scheme={p.scheme})"
     if p.latent:
         return "latent projections around the experts are not implemented"
     if p.ep > 1 and (p.shared or p.router.zero_experts):
@@ -129,4 +130,5 @@ def candidates() -> list[Candidate | Pair]:
             supports=_torch_grouped,
             claims=Claims(),
         ),
+        *quant_candidates(),
     ]

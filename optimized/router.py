@@ -191,20 +191,15 @@ def unsupported(problem: Problem) -> str | None:
     return None
 
 
-def route(
+def check_arguments(
     logits_TE: torch.Tensor,
     router: Router,
     K: int,
-    correction_bias: torch.Tensor | None = None,
-    expert_scale: torch.Tensor | None = None,
-    table_ids_TK: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids int32 (T, K'), weights float32 (T, K')), best expert first; K' = K + fused shared slots.
-
-    logits (T, E + zero experts), any float dtype and strides. A tie goes to the lowest id. NaN counts as -inf and is chosen
-    last; ids of a row are distinct (unless a table repeats them); a row without a finite logit gets the lowest ids and
-    weights 0.
-    """
+    correction_bias: torch.Tensor | None,
+    expert_scale: torch.Tensor | None,
+    table_ids_TK: torch.Tensor | None,
+) -> None:
+    """Refuse tensors that the router does not have, lacks, or has in another shape. Looks at no value."""
     T, width = logits_TE.shape
     E = width - router.zero_experts
     for name, tensor, needed, shape in (
@@ -220,6 +215,25 @@ def route(
         check(size * router.groups == width, f"{width} experts do not divide into {router.groups} groups")
         check(router.keep > 0 or K % router.groups == 0, f"a quota from every group needs K={K} divisible by {router.groups}")
         check(size * (router.keep or router.groups) >= K, f"K={K} slots but only {size * router.keep} experts in kept groups")
+
+
+def route(
+    logits_TE: torch.Tensor,
+    router: Router,
+    K: int,
+    correction_bias: torch.Tensor | None = None,
+    expert_scale: torch.Tensor | None = None,
+    table_ids_TK: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids int32 (T, K'), weights float32 (T, K')), best expert first; K' = K + fused shared slots.
+
+    logits (T, E + zero experts), any float dtype and strides. A tie goes to the lowest id. NaN counts as -inf and is chosen
+    last; ids of a row are distinct (unless a table repeats them); a row without a finite logit gets the lowest ids and
+    weights 0.
+    """
+    check_arguments(logits_TE, router, K, correction_bias, expert_scale, table_ids_TK)
+    T, width = logits_TE.shape
+    E = width - router.zero_experts
     slots = K + router.fused_shared
     ids = torch.empty(T, slots, dtype=torch.int32, device=logits_TE.device)
     weights = torch.empty(T, slots, dtype=torch.float32, device=logits_TE.device)

@@ -82,6 +82,11 @@ def _shared(inputs: Inputs) -> torch.Tensor:
     return y if inputs.shared_gate is None else y * torch.sigmoid(x @ inputs.shared_gate.float())[:, None]
 
 
+def product(rows: torch.Tensor, w_eNK: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """rows (R, K) @ w[g].T for each group g of rows, which ends before row ends[g] (int32 (e,)); later rows are undefined."""
+    return _grouped_mm(rows.contiguous(), w_eNK.transpose(-2, -1), offs=ends)  # type: ignore[misc]
+
+
 def run(inputs: Inputs) -> dict[str, torch.Tensor]:
     """gate_up, h, y (T, K, .) and out (T, H). Rows of dead slots are zeros."""
     p, x = inputs.problem, inputs.hidden_states
@@ -91,9 +96,6 @@ def run(inputs: Inputs) -> dict[str, torch.Tensor]:
     # Dead slots sort behind the last group; the products ignore what lies beyond the last offset.
     order = torch.argsort(local_TK.flatten(), stable=True)
     offsets = torch.searchsorted(local_TK.flatten()[order], torch.arange(e, device=x.device), right=True).to(torch.int32)
-
-    def product(rows: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        return _grouped_mm(rows.contiguous(), w.transpose(-2, -1), offs=offsets)  # type: ignore[misc]
 
     def by_slot(sorted_rows: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(sorted_rows)
@@ -106,9 +108,9 @@ def run(inputs: Inputs) -> dict[str, torch.Tensor]:
         # In float64 the product is exact.
         rows = (rows.double() * weights.flatten()[order].double()[:, None]).to(x.dtype)
         weights = live_TK.float()
-    gate_up = product(rows, inputs.w1) if T else rows.new_empty(0, p.N)
+    gate_up = product(rows, inputs.w1, offsets) if T else rows.new_empty(0, p.N)
     h = activation(gate_up.float(), p.act).to(x.dtype)
-    y = product(h, inputs.w2) if T else rows.new_empty(0, x.size(1))
+    y = product(h, inputs.w2, offsets) if T else rows.new_empty(0, x.size(1))
     gate_up, h, y = by_slot(gate_up), by_slot(h), by_slot(y)
 
     out = (weights[:, :, None] * y.float()).sum(dim=1)

@@ -192,6 +192,8 @@ class RankPair:
     """What runs the two together: FusedMoEOverlappedKernel where prepare_finalize has the four calls in halves."""
     transports: tuple[str, ...] = ("simulated", "gloo", "symm", "nccl")
     """Links it can use; `symm` means gloo for control and symmetric memory on the group's GPUs."""
+    source: str = ""
+    """As Candidate.source."""
 
     def __post_init__(self) -> None:
         known(f"layout of pair {self.name}", self.layout, LAYOUTS)

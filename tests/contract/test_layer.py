@@ -100,8 +100,9 @@ def test_s16_stages_are_exact_where_arithmetic_is(layer: Candidate) -> None:
 
     assert isinstance(shown, Mapping)
     live = (inputs.topk_ids >= 0).cpu()
-    same(shown["h"].cpu()[live], h[live].bfloat16())
-    same(shown["y"].cpu()[live], y[live].bfloat16())
+    for name, want in (("h", h), ("y", y)):
+        if name in layer.shows:  # fused layers keep h to themselves
+            same(shown[name].cpu()[live], want[live].bfloat16())
     same(shown["out"], expected_sum(inputs, y).bfloat16())
 
 

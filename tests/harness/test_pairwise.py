@@ -45,7 +45,6 @@ def _saturates(act: object) -> bool:
 RULES: dict[tuple[str, str], Callable[..., bool]] = {
     ("E", "K"): lambda E, K: K > E + 4,  # zero experts add 4; a table may repeat, see below
     ("K", "extra"): lambda K, extra: extra == "weight_on_input" and K > 1,
-    ("K", "also"): lambda K, also: False,
     ("values", "act"): lambda values, act: (
         (values in ("sat", "tagged") and not _saturates(act))
         or (values == "clamp" and not _act(act).limit)
@@ -54,6 +53,7 @@ RULES: dict[tuple[str, str], Callable[..., bool]] = {
     ("values", "K"): lambda values, K: values == "cancel" and K < 2,
     ("values", "E"): lambda values, E: values == "cancel" and E < 2,
     ("extra", "also"): lambda extra, also: also == "double" and extra in ("weight_on_input", "shared"),
+    ("routing", "logits"): lambda routing, logits: routing == "router" and logits == "deep",
     ("ranks", "also"): lambda ranks, also: also == "relabel" and ranks != "1",
 }
 """What excludes what, written from the contract and not from the code that decides it."""
@@ -77,7 +77,7 @@ def test_pairs_left_out_are_those_that_a_rule_excludes() -> None:
 
 def test_free_axes_go_with_everything() -> None:
     free = [axis for axis in AXES if axis not in axes.CONSTRAINED]
-    assert free == ["T", "H", "I", "logits", "memory", "layout", "dtype"]
+    assert free == ["T", "H", "I", "memory", "layout", "dtype"]
     for axis in free:
         for value in AXES[axis]:
             build(DEFAULTS | {axis: value})

@@ -1,0 +1,174 @@
+"""Candidates over cases on several ranks: one pool for all of them, one verdict for each."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from moeproof.harness import modes
+from moeproof.harness.case import Case
+from moeproof.harness.compare import vacuous
+from moeproof.harness.inputs import make_inputs
+from moeproof.harness.rank_checks import WorldExpectation, judge_world
+from moeproof.harness.rank_pairs import support
+from moeproof.harness.ranks import call
+from moeproof.harness.ranks.compare import Mismatch
+from moeproof.harness.ranks.outcome import Ending, RankRun
+from moeproof.harness.ranks.pool import DEADLINE, START_DEADLINE, RankPool
+from moeproof.harness.ranks.torchrun import TorchrunWorld
+from moeproof.harness.ranks.transport import unavailable
+from moeproof.harness.verdict import Finding, Outcome, Verdict
+from moeproof.harness.worlds import whole_case
+from moeproof.reference.contract.candidate import Claims, RankPair
+from moeproof.reference.contract.errors import ContractError
+from moeproof.reference.contract.stages import Stage
+from moeproof.reference.eager.ranks_link import on_threads
+from moeproof.reference.oracle.value import Value
+
+Tensor = torch.Tensor
+Shown = dict[str, Tensor]
+OUTCOMES = {
+    Ending.MISMATCH: Outcome.FAIL,
+    Ending.RAISED: Outcome.ERROR,
+    Ending.DIED: Outcome.ERROR,
+    Ending.HUNG: Outcome.TIMEOUT,
+}
+
+
+class RankSession:
+    """Judges RankPairs on a world of `ranks` over one transport. The pool starts with the first case that runs.
+
+    With transport `simulated` the ranks are threads of this process: no watchdog can end them, but the links give up after
+    the deadline. With a TorchrunWorld every rank has its own session, and all judge the same cases in order.
+    """
+
+    _pool: RankPool | TorchrunWorld | None
+
+    def __init__(
+        self,
+        ranks: int,
+        transport: str,
+        deadline: float = DEADLINE,
+        world: TorchrunWorld | None = None,
+    ) -> None:
+        self.ranks, self.transport, self.deadline = ranks, transport, deadline
+        self._given, self._pool = world, world
+        self._settled: tuple[int, set[object]] = 0, set()
+        """(the start of the pool, the candidates that its ranks have loaded)."""
+        self._no_start: RankRun | None = None
+
+    def judge(self, candidate: str | RankPair, pair: RankPair, case: Case) -> Verdict:
+        """Run `pair` on every rank. `candidate` is what travels to the ranks: its name, or the pair itself."""
+        start = time.perf_counter()
+        make = functools.partial(
+            Verdict, candidate=pair.name, case=case, claims=str(pair.claims), transport=self.transport, source=pair.source
+        )
+        device = "cpu" if self.transport in ("simulated", "gloo") else "cuda"
+
+        def verdict(outcome: Outcome, **rest: object) -> Verdict:
+            where = f"{modes.environment(pair.backend, device)}, {case.ranks} ranks over {self.transport}"
+            return make(outcome, seconds=time.perf_counter() - start, environment=where, **rest)  # type: ignore[arg-type]
+
+        if case.ranks != self.ranks:
+            raise ContractError(f"the case has ranks={case.ranks}, this session {self.ranks}; they must be equal")
+        if reason := self._unsupported(pair, case):
+            return verdict(Outcome.UNSUPPORTED, reason=reason)
+        shown = self._simulate(pair, case) if self.transport == "simulated" else self._run(candidate, case)
+        if isinstance(shown, RankRun):
+            return verdict(**_failed(shown))  # type: ignore[arg-type]
+        return verdict(**_judged(case, shown, pair.claims))  # type: ignore[arg-type]
+
+    def take_part(self, candidate: str | RankPair, pair: RankPair, case: Case) -> None:
+        """What judge() makes this rank do, without the verdict: for ranks of torchrun that do not report."""
+        if not self._unsupported(pair, case):
+            self._run(candidate, case)
+
+    def _unsupported(self, pair: RankPair, case: Case) -> str | None:
+        reason = None if self._given else unavailable(self.transport, self.ranks)
+        if reason := reason or support(pair, case.world, self.transport):
+            return reason
+        if self.transport == "simulated" and pair.backend == "triton" and modes.interpreting():
+            return "Triton's interpreter serves one thread, and simulated ranks are threads; use gloo"
+        return None
+
+    def _run(self, candidate: str | RankPair, case: Case) -> list[Shown] | RankRun:
+        if self._no_start is not None:
+            return self._no_start  # it is not the case's fault, and would cost as long for each
+        pool = self._pool = self._pool or RankPool(self.ranks, self.transport, deadline=self.deadline)
+        start, loaded = self._settled if pool.pids else (0, set())
+        if start != pool.starts or candidate not in loaded:
+            # Imports are no part of the case, and must not eat up its deadline.
+            run = pool.run(call.settle, candidate if isinstance(candidate, str) else None, deadline=START_DEADLINE)
+            if not run.started:
+                self._no_start = run
+            if not run.ok:
+                return run
+            self._settled = pool.starts, {candidate} | (loaded if start == pool.starts else set())
+        run = pool.run(call.call, candidate, str(case), seed=case.seed)
+        return list(run.results) if run.ok else run
+
+    def _simulate(self, pair: RankPair, case: Case) -> list[Shown] | RankRun:
+        device = torch.device("cpu")
+        results = on_threads(self.ranks, lambda link: call.show(pair, str(case), link, device), self.deadline)
+        errors = [(r, e) for r, e in enumerate(results) if isinstance(e, Exception)]
+        if not errors:
+            return results
+        # A rank that raises breaks the barrier in which the others wait.
+        rank, error = next(((r, e) for r, e in errors if type(e).__name__ != "BrokenBarrierError"), errors[0])
+        refused = isinstance(error, ContractError)
+        headline = f"rank {rank} {'refused its arguments' if refused else 'raised'}: {type(error).__name__}: {error}"
+        return RankRun(Ending.RAISED, (), rank=rank, headline=headline, refused=refused)
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.close()
+
+
+def _failed(run: RankRun) -> dict[str, object]:
+    """The verdict's fields for a run that did not come back from every rank in step."""
+    findings = tuple(_finding(m) for m in run.mismatches)
+    return {"outcome": OUTCOMES[run.ending], "reason": run.reason, "findings": findings, "rank": run.rank}
+
+
+def _finding(m: Mismatch) -> Finding:
+    entry = m.entry or m.other_entry
+    stage = next((s for s in Stage if entry is not None and s.value == entry.stage), None)
+    return Finding(stage, "collectives", str(m), rank=m.rank)
+
+
+@functools.lru_cache(maxsize=2)
+def _expected(case: Case, claims: Claims) -> WorldExpectation:
+    """One oracle serves all candidates of a case."""
+    return WorldExpectation(case.world, make_inputs(replace(whole_case(case), strided=False)), claims)
+
+
+def _judged(case: Case, shown: Sequence[Shown], claims: Claims) -> dict[str, object]:
+    """The verdict's fields for what every rank showed."""
+    expect = _expected(case, claims)
+    results = judge_world(expect, shown)
+    findings = tuple(f for r in results.values() for f in r.findings)
+    fields: dict[str, object] = {
+        "checked": sum(r.checked for r in results.values()),
+        "worst": {name: r.ratio for name, r in results.items()},
+    }
+    if findings:
+        return fields | {"outcome": Outcome.FAIL, "findings": findings, "rank": findings[0].rank}
+    if reason := vacuous("out", _all_ranks([view.out for view in expect.ranks])):
+        return fields | {"outcome": Outcome.VACUOUS, "reason": reason}
+    return fields | {"outcome": Outcome.PASS}
+
+
+def _all_ranks(outs: Sequence[Value]) -> Value:
+    """The tokens of all ranks as one tensor: a rank with few of them proves little by itself."""
+    bounds = [v.bound for v in outs if v.bound is not None]
+    lives = [v.live for v in outs if v.live is not None]
+    return Value(
+        torch.cat([v.value for v in outs]),
+        torch.cat(bounds) if len(bounds) == len(outs) else None,
+        torch.cat(lives) if len(lives) == len(outs) else None,
+        outs[0].fmt,
+    )

@@ -1,0 +1,126 @@
+// The activation vocabulary as device code: a pack of results from packs of gates and ups.
+#pragma once
+
+#include "elementary.cuh"
+#include "slots.cuh"
+
+namespace moeproof {
+
+// Codes that activation.py sends for a name. Ungated ones come last.
+enum Kind : int { SILU, GELU, GELU_TANH, SWIGLUOAI, SWIGLUSTEP, SITU, SILU_NO_MUL, GELU_NO_MUL, GELU_TANH_NO_MUL, RELU_NO_MUL, RELU2_NO_MUL };
+
+struct Activate {
+    const void* x;  // (R, N)
+    void* h;        // (R, I)
+    long long stride_xr, stride_xn, stride_hr, stride_hi;
+    long long R;
+    int I, kind, interleaved;
+    float alpha, beta, limit, linear_beta;
+    const int* counts;  // (e,): rows in use of each region of `region` rows; null = all
+    long long region;
+    Slots slots;  // ids null = every row is live; otherwise row = slot
+
+    __device__ bool live(long long row) const {
+        if (slots.ids != nullptr) return slots.local(row) >= 0;
+        return counts == nullptr || row % region < counts[row / region];
+    }
+};
+
+// min(x, limit) and max(-limit, min(x, limit)) that let NaN through.
+__device__ inline float at_most(float x, float limit) { return x > limit ? limit : x; }
+__device__ inline float within(float x, float limit) { return x < -limit ? -limit : at_most(x, limit); }
+
+// KIND is a compile-time choice, so that the switch is taken once for a pack and not once for an element.
+template <int KIND> __device__ float activate(float g, float u, const Activate& a) {
+    if (KIND == SILU) {
+        if (a.limit > 0.0f) {
+            g = at_most(g, a.limit);  // from above only
+            u = within(u, a.limit);
+        }
+        return g * sigmoid(g) * u;
+    }
+    if (KIND == GELU) return gelu(g) * u;
+    if (KIND == GELU_TANH) return gelu_tanh(g) * u;
+    if (KIND == SWIGLUOAI) {
+        g = at_most(g, a.limit);
+        return g * sigmoid(a.alpha * g) * (within(u, a.limit) + a.beta);
+    }
+    if (KIND == SWIGLUSTEP) return at_most(g * sigmoid(g), a.limit) * within(u, a.limit);
+    if (KIND == SITU) {
+        if (a.linear_beta > 0.0f) u = a.linear_beta * tanhf(u / a.linear_beta);
+        return a.beta * tanhf(g / a.beta) * sigmoid(g) * u;
+    }
+    if (KIND == SILU_NO_MUL) return g * sigmoid(g);
+    if (KIND == GELU_NO_MUL) return gelu(g);
+    if (KIND == GELU_TANH_NO_MUL) return gelu_tanh(g);
+    const float positive = g < 0.0f ? 0.0f : g;
+    return KIND == RELU_NO_MUL ? positive : positive * positive;
+}
+
+template <typename T, int N> struct Columns {
+    Pack<T, N> gate, up;
+};
+
+// Gates and ups of `count` columns from i on, in packs. N = 1 takes any strides.
+template <typename T, int N> __device__ Columns<T, N> load_columns(const Activate& a, long long row, int i, int count) {
+    const T* x = static_cast<const T*>(a.x) + row * a.stride_xr;
+    const long long step = N == 1 ? a.stride_xn : 1;
+    Columns<T, N> c;
+    if (a.kind >= SILU_NO_MUL) {
+        c.gate = c.up = load<T, N>(x + i * step, count);
+    } else if (!a.interleaved) {
+        c.gate = load<T, N>(x + i * step, count);
+        c.up = load<T, N>(x + (static_cast<long long>(a.I) + i) * step, count);
+    } else if (N == 1) {
+        c.gate = load<T, N>(x + 2LL * i * step, 1);
+        c.up = load<T, N>(x + (2LL * i + 1) * step, 1);
+    } else {
+        const Pack<T, N> low = load<T, N>(x + 2LL * i, min(N, 2 * count));
+        const Pack<T, N> high = 2 * count > N ? load<T, N>(x + 2LL * i + N, 2 * count - N) : low;
+#pragma unroll
+        for (int j = 0; j < N / 2; ++j) {
+            c.gate.at[j] = low.at[2 * j];
+            c.up.at[j] = low.at[2 * j + 1];
+            c.gate.at[N / 2 + j] = high.at[2 * j];
+            c.up.at[N / 2 + j] = high.at[2 * j + 1];
+        }
+    }
+    return c;
+}
+
+// The same, one by one: for rows that do not start on 16 bytes.
+template <typename T, int N> __device__ Columns<T, N> load_loose_columns(const Activate& a, long long row, int i, int count) {
+    Columns<T, N> c;
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+        const Columns<T, 1> one = load_columns<T, 1>(a, row, j < count ? i + j : i, 1);
+        c.gate.at[j] = one.gate.at[0];
+        c.up.at[j] = one.up.at[0];
+    }
+    return c;
+}
+
+template <int KIND, typename T, int N> __device__ Pack<T, N> apply(const Columns<T, N>& c, const Activate& a) {
+    Pack<T, N> h;
+#pragma unroll
+    for (int j = 0; j < N; ++j) h.at[j] = narrow<T>(activate<KIND>(widen(c.gate.at[j]), widen(c.up.at[j]), a));
+    return h;
+}
+
+template <typename T, int N> __device__ Pack<T, N> activate(const Columns<T, N>& c, const Activate& a) {
+    switch (a.kind) {
+        case SILU: return apply<SILU>(c, a);
+        case GELU: return apply<GELU>(c, a);
+        case GELU_TANH: return apply<GELU_TANH>(c, a);
+        case SWIGLUOAI: return apply<SWIGLUOAI>(c, a);
+        case SWIGLUSTEP: return apply<SWIGLUSTEP>(c, a);
+        case SITU: return apply<SITU>(c, a);
+        case SILU_NO_MUL: return apply<SILU_NO_MUL>(c, a);
+        case GELU_NO_MUL: return apply<GELU_NO_MUL>(c, a);
+        case GELU_TANH_NO_MUL: return apply<GELU_TANH_NO_MUL>(c, a);
+        case RELU_NO_MUL: return apply<RELU_NO_MUL>(c, a);
+        default: return apply<RELU2_NO_MUL>(c, a);
+    }
+}
+
+}  // namespace moeproof

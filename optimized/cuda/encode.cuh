@@ -1,0 +1,72 @@
+// float32 -> codes of narrow formats, rounded once to the nearest, ties to even. The caller has clamped to the format's range.
+#pragma once
+
+#include "stage.cuh"
+
+namespace moeproof {
+
+// Codes that quantise.py sends.
+enum Format : int { E4M3, E5M2, E3M2, E2M3, E2M1, INT8 };
+
+// A float format of BITS mantissa bits whose least normal value is 2^EMIN, in WIDTH bits with the sign on top.
+template <int BITS, int EMIN, int WIDTH> __device__ unsigned minifloat(float x) {
+    const unsigned bits = __float_as_uint(x), magnitude = bits & 0x7fffffffu;
+    // Below 2^EMIN codes count steps of 2^(EMIN - BITS): a sum with 2^23 of them rounds to one, and holds their number.
+    constexpr unsigned STEPS = static_cast<unsigned>(127 + 23 + EMIN - BITS) << 23;
+    constexpr unsigned NORMAL = static_cast<unsigned>(127 + EMIN) << 23;
+    constexpr int DROP = 23 - BITS;
+    const unsigned small = __float_as_uint(__uint_as_float(magnitude) + __uint_as_float(STEPS)) - STEPS;
+    const unsigned large = (magnitude + (1u << (DROP - 1)) - 1 + (magnitude >> DROP & 1)) >> DROP;
+    const unsigned code = magnitude < NORMAL ? small : large - (static_cast<unsigned>(126 + EMIN) << BITS);
+    return code | bits >> 31 << (WIDTH - 1);
+}
+
+__device__ inline unsigned encode(int format, float x) {
+    switch (format) {
+        case E4M3: return minifloat<3, -6, 8>(x);
+        case E5M2: return minifloat<2, -14, 8>(x);
+        case E3M2: return minifloat<2, -2, 6>(x);
+        case E2M3: return minifloat<3, 0, 6>(x);
+        case E2M1: return minifloat<1, 0, 4>(x);
+        default: return static_cast<unsigned>(__float2int_rn(x)) & 0xffu;
+    }
+}
+
+// N codes in the low bytes of each other, or in nibbles where two share a byte (the even column low).
+template <int N> struct Codes {
+    uint8_t at[N];
+};
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+constexpr bool HARDWARE_E4M3 = true;
+__device__ inline unsigned two_e4m3(float low, float high) {
+    unsigned short pair;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+#else
+constexpr bool HARDWARE_E4M3 = false;
+__device__ inline unsigned two_e4m3(float low, float high) { return encode(E4M3, low) | encode(E4M3, high) << 8; }
+#endif
+
+template <int FORMAT, int N> __device__ Codes<N> encode_all(const float (&x)[N]) {
+    Codes<N> codes = {};
+    if constexpr (FORMAT == E4M3 && HARDWARE_E4M3) {
+#pragma unroll
+        for (int j = 0; j < N; j += 2) {
+            const unsigned pair = two_e4m3(x[j], x[j + 1]);
+            codes.at[j] = static_cast<uint8_t>(pair);
+            codes.at[j + 1] = static_cast<uint8_t>(pair >> 8);
+        }
+    } else {
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+            const unsigned code = encode(FORMAT, x[j]);
+            if constexpr (FORMAT == E2M1) codes.at[j / 2] |= static_cast<uint8_t>(code << 4 * (j % 2));
+            else codes.at[j] = static_cast<uint8_t>(code);
+        }
+    }
+    return codes;
+}
+
+}  // namespace moeproof

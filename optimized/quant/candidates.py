@@ -1,0 +1,114 @@
+"""The quantised candidates: the layer and both pairs, once for products of fp8 codes, once for all others.
+
+Two sets, because they claim different accumulators: Hopper's tensor cores sum products of e4m3 codes with 13 fraction bits,
+and everything else here in float32 or int32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from moeproof.optimized.quant import layer, torch_scaled
+from moeproof.optimized.quant.experts import Levels, QuantBatchedExperts, QuantExperts
+from moeproof.optimized.quant.multiply import multiplier
+from moeproof.optimized.quant.prepare import QuantBatchedPrepareFinalize, QuantNoEPPrepareFinalize
+from moeproof.reference.contract.candidate import Candidate, Claims, Pair
+from moeproof.reference.contract.inputs import Inputs
+from moeproof.reference.contract.modular import FusedMoEPermuteExpertsUnpermute
+from moeproof.reference.contract.problem import Problem
+
+Tensor = torch.Tensor
+SHOWS = (
+    *("topk_ids", "topk_weights", "xq", "xs", "sorted_slots", "block_expert", "num_padded"),
+    *("gate_up", "h", "hq", "hs", "y", "out"),
+)
+CLAIMS = {
+    True: Claims(accumulate="fp8_promoted", ties="lowest", total_router=True),
+    False: Claims(ties="lowest", total_router=True),
+}
+"""By whether products are of fp8 codes. Promotion every 128 terms: measured at 10 * 2^-13 S on an H100."""
+
+
+def _multiplies_fp8(p: Problem) -> bool:
+    assert p.quant.w is not None
+    return multiplier(p.quant.a1, p.quant.w).operand == "e4m3fn"
+
+
+def _unsupported(p: Problem, fp8: bool) -> str | None:
+    if not p.quant.quantised:
+        return "quantised schemes only"
+    if _multiplies_fp8(p) != fp8:
+        return f"scheme {p.scheme} {'does not multiply' if fp8 else 'multiplies'} fp8 codes: another candidate's"
+    if p.ep > 1 and (p.shared or p.router.zero_experts):
+        return "with ep > 1 the shared and identity terms would enter the sum on every rank; only routed experts are split"
+    return None
+
+
+def _layer(fp8: bool) -> Callable[[Problem], str | None]:
+    def supports(p: Problem) -> str | None:
+        if p.layout != "standard":
+            return "this candidate works in the standard layout"
+        return _unsupported(p, fp8)
+
+    return supports
+
+
+def _pair(fp8: bool, layout: str) -> Callable[[Problem], str | None]:
+    def supports(p: Problem) -> str | None:
+        if p.layout != layout:
+            return f"this pair works in the {layout} layout"
+        if p.shared or p.router.zero_experts or p.scale_on_sum != 1.0:
+            return "the seed's interfaces have no room for shared experts, identity experts or a scale of the sum"
+        return _unsupported(p, fp8)
+
+    return supports
+
+
+def _levels(inputs: Inputs) -> Levels:
+    a1 = inputs.problem.quant.a1
+    return Levels(inputs.a1_scale if a1 is not None and a1.two_level else None, inputs.w1_global, inputs.w2_global)
+
+
+def _experts(inputs: Inputs) -> QuantExperts:
+    """With h kept, so that QUANT2 can be judged on bits."""
+    p = inputs.problem
+    return QuantExperts(p.quant, _levels(inputs), inputs.b1, inputs.b2, p.act, keep_h=True)
+
+
+def _batched_experts(inputs: Inputs) -> QuantBatchedExperts:
+    p = inputs.problem
+    return QuantBatchedExperts(p.quant, _levels(inputs), inputs.b1, inputs.b2, p.act, keep_h=True)
+
+
+def _no_ep(inputs: Inputs) -> QuantNoEPPrepareFinalize:
+    return QuantNoEPPrepareFinalize(inputs.problem.quant)
+
+
+def _batched(inputs: Inputs) -> QuantBatchedPrepareFinalize:
+    return QuantBatchedPrepareFinalize(inputs.problem.quant, inputs.problem.rows_per_expert, inputs.w1.size(0))
+
+
+def _taps(experts: FusedMoEPermuteExpertsUnpermute) -> dict[str, Tensor]:
+    assert isinstance(experts, (QuantExperts, QuantBatchedExperts))
+    return experts.taps()
+
+
+def _set(name: str, fp8: bool) -> list[Candidate | Pair]:
+    pairs = (("modular", "standard", _no_ep, _experts), ("batched", "batched", _batched, _batched_experts))
+    return [
+        Candidate(name, layer.run, SHOWS, _layer(fp8), CLAIMS[fp8], backend="triton"),
+        *(
+            Pair(f"{name}-{kind}", front, back, layout, _pair(fp8, layout), CLAIMS[fp8], backend="triton", taps=_taps)
+            for kind, layout, front, back in pairs
+        ),
+    ]
+
+
+def quant_candidates() -> list[Candidate | Pair]:
+    """All candidates of quantised schemes."""
+    shown = ("xq", "xs", "gate_up", "h", "hq", "hs", "y", "out")
+    claims = Claims(accumulate="fp8_promoted")
+    torch_s = Candidate("torch-scaled-grouped", torch_scaled.run, shown, torch_scaled.unsupported, claims)
+    return [*_set("triton-fp8", True), *_set("triton-quant", False), torch_s]
