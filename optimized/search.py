@@ -36,6 +36,8 @@ TILES = tuple(
         ),
         *("128x256x64-g8-w8-s3-tma", "128x256x64-g8-w8-s3-tma-p1", "128x256x64-g8-w8-s4-tma-p1", "128x128x128-g8-w8-s3-tma-p1"),
         *("128x256x64-g8-w8-s3-tma-p1-flat", "128x128x64-g8-w4-s3-tma-p2-flat", "128x128x64-g8-w8-s4-tma-p1-flat"),
+        *("128x256x64-g8-w8-s3-tma-p1-bulk", "128x256x64-g8-w8-s4-tma-p1-bulk", "128x128x64-g8-w4-s3-tma-p2-bulk"),
+        *("128x256x64-g8-w8-s3-tma-p1-flat-bulk",),
         *("256x128x64-g4-w8-s3-tma-p1", "256x128x64-g4-w8-s4-tma-p1", "256x128x64-g4-w8-s3-tma-p1-flat"),
     )
 )
@@ -89,8 +91,9 @@ def vary(plan: Plan, axis: str) -> list[Plan]:
     elif group:
         changed = [replace(now, group_m=g) for g in GROUPS]
     else:
-        # The group is an axis of its own.
-        changed = [replace(tile, group_m=now.group_m) for tile in TILES if tile.block_m == now.block_m]
+        # The group is an axis of its own, and GEMM2's rows are scattered: no bulk copy takes them.
+        tiles = [t for t in TILES if t.block_m == now.block_m and not (t.bulk and product == "second")]
+        changed = [replace(tile, group_m=now.group_m) for tile in tiles]
     return [replace(plan, **{product: new}) for new in changed if new != now]
 
 

@@ -21,7 +21,7 @@ from moeproof.reference.contract import Candidate, ContractError, Problem
 KINDS = {
     "pointers": "16x64x128-g1-w4-s4 16x32x64-g2-w4-s4",
     "descriptors": "32x64x64-g1-w4-s4-tma 32x64x128-g1-w4-s3-tma",
-    "persistent": "64x128x64-g4-w4-s4-tma-p1 64x64x64-g2-w4-s4-tma-p2-flat",
+    "persistent": "64x128x64-g4-w4-s4-tma-p1-bulk 64x64x64-g2-w4-s4-tma-p2-flat",
     "pointers, persistent": "16x64x64-g4-w4-s3-p1 16x64x64-g1-w4-s3-p2",
 }
 CASES = (
