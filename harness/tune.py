@@ -42,7 +42,7 @@ SECONDS = 0.03
 """Replays of one configuration, about."""
 FINALISTS = 3
 """Configurations that are timed again: the least of many noisy times is a lucky one."""
-SET_UP = 1.5
+LEAST = 2.5
 """Seconds that a search gets at least, whatever its inputs took to make."""
 
 
@@ -278,7 +278,7 @@ def tune(
         left = seconds - (begin - start)
         evaluate = Evaluator(candidate, point, device, refused)
         # What earlier points left over is shared by those that are left, this one's inputs included.
-        deadline = max(begin + left * _effort(point) / left_to_do, time.monotonic() + SET_UP)
+        deadline = max(begin + left * _effort(point) / left_to_do, time.monotonic() + LEAST)
         left_to_do -= _effort(point)
         found = search(point, tuning, _first(table, tuning, point), evaluate, deadline)
         for text in sorted(found.times, key=found.times.__getitem__)[:FINALISTS]:

@@ -14,7 +14,7 @@ from moeproof.harness.bench import Peers
 from moeproof.harness.bench_points import SIZES, Work
 from moeproof.reference.contract.errors import check
 
-NEIGHBOURS = 6
+NEIGHBOURS = 8
 FAR = 2.5
 """Points further apart than this say nothing about each other: in doublings of the rows of an expert."""
 
@@ -51,7 +51,7 @@ def nearest(work: Work, measured: Mapping[str, Mapping[str, Any]]) -> list[str]:
         model, tokens, _ = text.split()
         if model in SIZES:
             distance = abs(math.log2(_rows(model, int(tokens.removeprefix("M="))) / _rows(work.model, work.M)))
-            distance += 0.5 * (model != work.model)
+            distance += model != work.model
             if distance <= FAR:
                 found[cell["plan"]] = min(distance, found.get(cell["plan"], FAR))
     return sorted(found, key=found.__getitem__)[:NEIGHBOURS]
