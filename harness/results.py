@@ -18,14 +18,14 @@ PACKAGES = ("torch", "triton", "numpy")
 def origin(device: str, output: Path | None = None) -> dict[str, object]:
     """What a reader needs to repeat a measurement: command, device, versions, date.
 
-    The output's folder is left out of the command: it says where somebody's files lie, nothing about the figures.
+    The output's folder and absolute ones are left out of the command: they say where somebody's files lie, nothing about
+    the figures.
     """
-    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    if output is not None:
-        words = [output.name if word == str(output) else word for word in words]
+    name = Path(sys.argv[0]).name
+    words = [Path(word).name if Path(word).is_absolute() or word == str(output) else word for word in sys.argv[1:]]
     found = {name: importlib.metadata.version(name) for name in PACKAGES if _installed(name)}
     return {
-        "command": " ".join(words),
+        "command": " ".join(["moeproof" if name == "__main__.py" else name, *words]),
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else f"cpu, {os.cpu_count()} cores",
         "versions": {"python": platform.python_version(), **found},
         "date": time.strftime("%Y-%m-%d"),

@@ -171,6 +171,8 @@ class Stand:
             return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
 
     def again(self, text: str) -> float:
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
         calls = self._calls(text)
         return (bench_timer.Graph(calls).time(SECONDS) if self.device == "cuda" else bench_timer.on_cpu(calls, 1)).us
 
