@@ -6,7 +6,7 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 folder=${1:?usage: ci/h100.sh FOLDER [tune seconds]}
-tune_seconds=${2:-105}
+tune_seconds=${2:-100}
 mkdir -p "$folder"
 
 # Candidates are found by entry points. Where the project is not installed, this names them for this run only.

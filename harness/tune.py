@@ -42,7 +42,7 @@ SECONDS = 0.03
 """Replays of one configuration, about."""
 FINALISTS = 3
 """Configurations that are timed again: the least of many noisy times is a lucky one."""
-LEAST = 2.5
+LEAST = 4.0
 """Seconds that a search gets at least, whatever its inputs took to make."""
 
 
@@ -246,8 +246,11 @@ def warm(spec: str, tuning: Tuning, wanted: Mapping[Point, Sequence[str]], jobs:
 
 
 def _effort(point: Point) -> float:
-    """A point's share of the time, next to others: long calls are checked and timed longer."""
-    return len(point) * max(1.0, point[0].M / 2048) ** 0.5
+    """What a configuration costs at a point, in units of the host's time for it: about 60 ms, and ten calls on the device."""
+    p = point[0].problem
+    per_expert = p.N * p.H + p.H * p.I
+    us = max(2.0 * p.T * p.slots * per_expert / 6e8, 2.0 * min(p.E, p.T * p.slots) * per_expert / 3e6)
+    return len(point) * (1.0 + us / 6000.0)
 
 
 def tune(

@@ -25,6 +25,7 @@ TILES = tuple(
         *("64x64x128-g1-w4-s3", "64x128x64-g4-w4-s4", "64x128x128-g4-w8-s3", "64x128x64-g4-w4-s4-tma"),
         *("64x128x128-g4-w4-s3-tma", "64x256x64-g4-w4-s3-tma", "64x128x64-g4-w4-s4-tma-p2", "64x128x64-g4-w4-s3-tma-p3"),
         *("64x256x64-g4-w4-s4-tma-p1", "64x256x64-g4-w8-s4-tma-p1", "64x256x64-g4-w4-s2-tma-p2"),
+        *("64x256x32-g4-w4-s5-tma-p2", "64x256x32-g4-w4-s4-tma-p2-flat"),
         *("64x256x64-g4-w4-s4-tma-p1-flat", "64x128x64-g4-w4-s4-tma-p2-flat"),
         # Bound by the tensor cores: few large tiles, weights reused from L2.
         *(
