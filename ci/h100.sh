@@ -29,7 +29,7 @@ timeout 150 python3 -m moeproof bench triton-fused torch-grouped --peers "$peers
 grep -E 'triton-fused' "$folder/bench.txt" | cut -c1-150
 
 echo "== every plan of the table"
-timeout 75 python3 ci/every_plan.py --only table --jobs 14 --output "$folder/every-plan-h100.json" 2>&1 | tail -20
+timeout 120 python3 ci/every_plan.py --only table --jobs 14 --output "$folder/every-plan-h100.json" 2>&1 | tail -20
 
 echo "== stages"
 timeout 40 python3 -m moeproof bench triton-fused --model qwen3 --tokens 16 --tokens 1024 --tokens 4096 --tokens 16384 \
