@@ -1,22 +1,24 @@
 """Verify every plan that the fused layer can choose, and every tile and strip the search may try, not only today's choice.
 
-    PYTHONPATH=src python ci/every_plan.py [--kinds] [--mode auto] [--output docs/results/every-plan.json]
+    PYTHONPATH=src python ci/every_plan.py [--only table|kinds] [--mode auto] [--jobs 1] [--output docs/results/every-plan.json]
 
-Small cases with ragged sizes around the tiles' edges, through the judge. --kinds takes one plan of each kind only.
-Exit code 0 when every verdict is PASS.
+Small cases with ragged sizes around the tiles' edges, through the judge. --only table leaves out what only the search tries,
+--only kinds takes one plan of each kind beside the table. Exit code 0 when every verdict is PASS.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import multiprocessing
 import sys
 import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
 
-from moeproof.harness import modes
+from moeproof.harness import modes, results
 from moeproof.harness.case import parse_case
 from moeproof.harness.judge import judge
 from moeproof.harness.verdict import Outcome, Verdict
@@ -39,53 +41,66 @@ STRIP_CASES = (
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kinds", action="store_true")
+    parser.add_argument("--only", choices=("table", "kinds"))
     parser.add_argument("--mode", default="auto")
+    parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    modes.choose(options.mode)
+    _start(options.mode)
     start = time.monotonic()
-    verdicts: list[tuple[str, Verdict]] = []
-    texts = plans(options.kinds)
-    for cases, mine in ((TILE_CASES, False), (STRIP_CASES, True)):
-        for line in cases:
-            for text in (t for t in texts if t.startswith("v") is mine):
-                verdict = judge(candidate(text), parse_case(line))
-                verdicts.append((text, verdict))
-                if verdict.outcome is not Outcome.PASS:
-                    print(f"{text}\n{verdict}"[:600], flush=True)
+    texts = plans(options.only)
+    work = [(text, line) for text in texts for line in (STRIP_CASES if text.startswith("v") else TILE_CASES)]
+    if options.jobs == 1:
+        verdicts = _verify(work)
+    else:
+        # A plan's cases stay together, in shares small enough to even out.
+        shares = [
+            [(text, line) for text, line in work if texts.index(text) % (4 * options.jobs) == i]
+            for i in range(4 * options.jobs)
+        ]
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(options.jobs, mp_context=context, initializer=_start, initargs=(options.mode,)) as pool:
+            verdicts = [found for some in pool.map(_verify, shares) for found in some]
+    for text, verdict in verdicts:
+        if verdict.outcome is not Outcome.PASS:
+            print(f"{text}\n{verdict}"[:600], flush=True)
     passed = sum(v.outcome is Outcome.PASS for _, v in verdicts)
-    print(f"{passed} of {len(verdicts)} verdicts pass, {time.monotonic() - start:.0f} s")
+    print(f"{len(texts)} plans: {passed} of {len(verdicts)} verdicts pass, {time.monotonic() - start:.0f} s")
     if options.output:
-        record = {
-            "command": "python ci/every_plan.py " + " ".join(sys.argv[1:]),
-            "environment": verdicts[0][1].environment,
+        record = results.origin(modes.default_device(), options.output) | {
+            "plans": len(texts),
             "pass": passed,
             "of": len(verdicts),
-            "verdicts": [_as_dict(text, v) for text, v in verdicts],
         }
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        results.write(options.output, record | {"verdicts": [_as_dict(text, v) for text, v in verdicts]})
     return 0 if verdicts and passed == len(verdicts) else 1
+
+
+def _start(mode: str) -> None:
+    torch.set_num_threads(1)
+    modes.choose(mode)
+
+
+def _verify(work: Sequence[tuple[str, str]]) -> list[tuple[str, Verdict]]:
+    return [(text, judge(candidate(text), parse_case(line))) for text, line in work]
 
 
 def _as_dict(text: str, v: Verdict) -> dict[str, object]:
     return {"plan": text, "case": str(v.case), "outcome": v.outcome.value, "worst_ratio": round(v.worst_ratio, 4)}
 
 
-def plans(kinds_only: bool) -> list[str]:
+def plans(only: str | None) -> list[str]:
     """Lines of plans, overlapping launches included where the device has them."""
     from moeproof.optimized import search
     from moeproof.optimized.plans import Plan, fit, selectable
 
     found = selectable("sm90")
-    if kinds_only:
+    if only == "kinds":
         found += [Plan.parse(f"{text} {text}") for texts in search.STARTS.values() for text in texts]
         found += [Plan(search.STRIPS[2], search.STRIPS[2], True), Plan.parse("16x64x128-g1-w4-s4 16x64x128-g1-w4-s4 overlap")]
         found.append(Plan.parse("16x64x128-g1-w4-s4-tma 16x64x128-g1-w4-s4-tma"))
         found.append(Plan.parse("128x256x64-g8-w8-s3-tma-p1-flat 128x256x64-g8-w8-s3-tma-p1-flat"))
-    else:
+    elif only is None:
         found += [Plan(tile, tile, overlap) for tile in search.TILES for overlap in (False, True)]
         found += [Plan(strip, strip, overlap) for strip in search.STRIPS for overlap in (False, True)]
     device = torch.device(modes.default_device())

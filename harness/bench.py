@@ -43,6 +43,8 @@ class Reading:
     replays: int = 0
     roof_us: float = math.nan
     fraction_of_roof: float = math.nan
+    active_experts: float = math.nan
+    """Mean over the sets of inputs: with few tokens the time is theirs, and other routings name other numbers of them."""
     tflops: float = math.nan
     gbs: float = math.nan
     eager_us: float = math.nan
@@ -151,6 +153,7 @@ def _reading(
         replays=time.replays,
         roof_us=roof,
         fraction_of_roof=roof / time.us,
+        active_experts=floor.active,
         tflops=floor.flops / (time.us * 1e6),
         gbs=floor.nbytes / (time.us * 1e3),
         eager_us=wall,

@@ -82,6 +82,8 @@ class Least:
 
     flops: float
     nbytes: float
+    active: float = 0.0
+    """Experts that some slot names."""
 
     def roof_us(self, tflops: float, gbs: float) -> float:
         """No implementation is faster, at these ceilings."""
@@ -90,12 +92,13 @@ class Least:
 
 def least(sets: list[Inputs]) -> Least:
     """Mean over these sets of inputs: the weights of the experts that are hit, x and out."""
-    flops = nbytes = 0.0
+    flops = nbytes = active = 0.0
     for inputs in sets:
         p, ids = inputs.problem, inputs.topk_ids
         live = ids[ids >= 0]
         hit = int(live.unique().numel())
+        active += hit
         per_expert = p.N * p.H + p.H * p.I
         flops += 2.0 * live.numel() * per_expert
         nbytes += inputs.w1.element_size() * (hit * per_expert + 2.0 * p.T * p.H)
-    return Least(flops / len(sets), nbytes / len(sets))
+    return Least(flops / len(sets), nbytes / len(sets), active / len(sets))

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json as jsonlib
 import math
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from moeproof.harness import bench, modes
+from moeproof.harness import bench, modes, results
 from moeproof.harness.bench import Peers, Reading
 
 ON_A_CPU = (
@@ -48,7 +47,6 @@ def summary(readings: Sequence[Reading], peers: Peers, device: str) -> dict[str,
         "geomean_between": bench.geomean_between(readings),
         "below": below(readings, peers),
         "environment": modes.environment("triton", device),
-        "date": time.strftime("%Y-%m-%d"),
     }
 
 
@@ -76,13 +74,9 @@ def table(readings: Sequence[Reading], peers: Peers) -> Table:
     return shown
 
 
-def write(path: Path, readings: Sequence[Reading], last: dict[str, object]) -> None:
+def write(path: Path, readings: Sequence[Reading], last: dict[str, object], device: str) -> None:
     """All readings and the summary as one file, atomically."""
-    record = {"command": "moeproof " + " ".join(sys.argv[1:]), **last, "readings": [r.record() for r in readings]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part")
-    temporary.write_text(jsonlib.dumps(record, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    results.write(path, results.origin(device, path) | last | {"readings": [r.record() for r in readings]})
 
 
 def main(readings: Iterator[Reading], peers: Peers, device: str, json: bool, output: Path | None, plot: Path | None) -> int:
@@ -98,7 +92,7 @@ def main(readings: Iterator[Reading], peers: Peers, device: str, json: bool, out
     if json:
         sys.stdout.write(jsonlib.dumps(last) + "\n")
     if output:
-        write(output, found, last)
+        write(output, found, last, device)
     if plot:
         from moeproof.harness import bench_plot
 

@@ -10,7 +10,7 @@ from typing import Annotated, Optional
 import typer
 
 from moeproof._version import __version__
-from moeproof.reference.contract.errors import ContractError
+from moeproof.reference.contract.errors import ContractError, check
 
 app = typer.Typer(
     add_completion=False,
@@ -163,13 +163,16 @@ def tune(
     dtype: Annotated[str, typer.Option(help="bf16 or fp16.")] = "bf16",
     output: Annotated[Optional[Path], typer.Option(help="The table; points that are already there are kept.")] = None,  # noqa: UP045
     trace: Annotated[Optional[Path], typer.Option(help="Every time and refusal, as JSON.")] = None,  # noqa: UP045
+    weak: Annotated[Optional[Path], typer.Option(help="Results of bench: only points slower there than the peers.")] = None,  # noqa: UP045
+    peers: Annotated[Optional[Path], typer.Option(help="CSV of stored times, for --weak.")] = None,  # noqa: UP045
+    below: Annotated[float, typer.Option(help="For --weak: best peer's time / own time is under this.")] = 1.0,
     seconds: Annotated[float, typer.Option(help="The whole search, about.")] = 240.0,
     mode: Mode = "auto",
     jobs: Jobs = 0,
     json: Json = False,
 ) -> None:
     """Search a candidate's configurations, each held against the oracle first, and write the table it chooses from."""
-    from moeproof.harness import bench_points, modes, workers
+    from moeproof.harness import bench, bench_points, modes, tune_table, workers
     from moeproof.harness import tune as tuning
 
     workers.settle(mode)
@@ -177,6 +180,11 @@ def tune(
     small = device == "cpu"
     few = tuple(tokens or ([4] if small else []))
     works = bench_points.grid(tuple(model or ()), few, tuple(routing or ()), dtype, small)
+    if weak:
+        check(peers is not None, "--weak needs --peers: the times to hold its readings against")
+        assert peers is not None
+        works = tune_table.weak(works, weak, bench.read_peers(peers), candidate, below)
+        check(bool(works), f"no point of '{weak}' is below {below}: nothing to tune")
     jobs = jobs or min(os.cpu_count() or 1, 14)
     found = tuning.tune(candidate, works, output, device, jobs, seconds, lambda line: typer.echo(line, err=True))
     raise typer.Exit(tuning.main(found, json, trace))

@@ -1,15 +1,18 @@
 """`moeproof tune`: searches a candidate's configurations at each work point and writes the table that its dispatcher reads.
 
-A configuration is held against the oracle before its time counts. The search starts from one configuration of each kind,
-keeps the best few, and then changes one axis at a time. Kernels are compiled by a pool of processes first: they fill
-Triton's cache on disk, and the search itself compiles next to nothing.
+A configuration is held against the oracle before its time counts, under every routing of the point: a table is chosen from
+by sizes alone, so the best one is best in the geometric mean over routings. The search begins with what is known to be good
+here and nearby, adds one configuration of each kind, and then changes one axis of the best few at a time. The last few are
+timed again at rest. Kernels are compiled by a pool of processes first: they fill Triton's cache on disk, and the search
+itself compiles next to nothing.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
-import os
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,56 +22,74 @@ from pathlib import Path
 
 import torch
 
-from moeproof.harness import bench_timer, modes
+from moeproof.harness import bench_timer, modes, results
 from moeproof.harness.bench import input_sets, out_of
 from moeproof.harness.bench_inputs import Answer, answer, make_sets
 from moeproof.harness.bench_points import Work
 from moeproof.harness.memory import Poison
 from moeproof.harness.registry import load_candidates
+from moeproof.harness.tune_table import Table, nearest
 from moeproof.reference.contract.candidate import Candidate, Tuning
 from moeproof.reference.contract.errors import check
 from moeproof.reference.contract.inputs import Inputs
 from moeproof.reference.contract.problem import Problem
 
 KEPT, CLOSE = 3, 1.2
-"""Starts that are searched further: at most this many, and none slower than this times the best."""
+"""Configurations that are searched further: at most this many, and none slower than this times the best."""
 HOPELESS = 1.35
 """A single call this much slower than the best configuration's is not timed further."""
 SECONDS = 0.03
 """Replays of one configuration, about."""
+FINALISTS = 3
+"""Configurations that are timed again: the least of many noisy times is a lucky one."""
+LEAST = 4.0
+"""Seconds that a search gets at least, whatever its inputs took to make."""
 
 
 @dataclass
 class Search:
-    """What was tried at one point. `times` in microseconds; `refused` says why a configuration has none."""
+    """What was tried at one point. `times` in microseconds, the geometric mean over `works`; `refused` says why a configuration
+    has none. `final`: the best few, timed again."""
 
-    work: Work
+    works: tuple[Work, ...]
     times: dict[str, float] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    final: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
     @property
     def best(self) -> str:
+        if self.final:
+            return min(self.final, key=lambda text: statistics.geometric_mean(self.final[text]))
         return min(self.times, key=self.times.__getitem__)
 
     @property
     def wrong(self) -> dict[str, str]:
         return {text: why for text, why in self.refused.items() if why.startswith("wrong")}
 
+    @property
+    def name(self) -> str:
+        return f"{self.works[0].model} M={self.works[0].M} {'+'.join(w.routing for w in self.works)}"
 
-def search(work: Work, tuning: Tuning, evaluate: Callable[[str, float], float | str], deadline: float) -> Search:
-    """`evaluate(configuration, best time so far)` gives microseconds, or the reason why it has no time."""
-    found = Search(work)
+
+Evaluate = Callable[[str], float | str]
+"""Configuration -> microseconds, or the reason why it has no time."""
+
+
+def search(works: tuple[Work, ...], tuning: Tuning, first: Sequence[str], evaluate: Evaluate, deadline: float) -> Search:
+    """`first`, then the starts, then one axis after the other from the best few of them."""
+    found = Search(works)
 
     def attempt(text: str) -> None:
         if text in found.times or text in found.refused or time.monotonic() > deadline:
             return
-        got = evaluate(text, min(found.times.values(), default=float("inf")))
+        got = evaluate(text)
         if isinstance(got, str):
             found.refused[text] = got
         else:
             found.times[text] = got
 
-    for start in tuning.starts(work.problem, len(work.problem.local)):
+    problem = works[0].problem
+    for start in [*first, *tuning.starts(problem, len(problem.local))]:
         attempt(start)
     if not found.times:
         return found
@@ -84,21 +105,47 @@ def search(work: Work, tuning: Tuning, evaluate: Callable[[str, float], float | 
 
 
 class Evaluator:
-    """Checks and times configurations at one point."""
+    """Checks and times configurations at one point, under each of its routings."""
 
-    def __init__(self, candidate: Candidate, work: Work, device: str, refused: Mapping[str, str]) -> None:
-        assert candidate.tuning is not None
+    def __init__(self, candidate: Candidate, works: tuple[Work, ...], device: str, refused: Mapping[str, str]) -> None:
         self.refused = refused
-        self.run, self.claims, self.device = candidate.tuning.run, candidate.claims, device
+        self.stands = [Stand(candidate, work, device) for work in works]
+
+    def __call__(self, text: str) -> float | str:
+        if text in self.refused:
+            return self.refused[text]
+        times = []
+        for stand in self.stands:
+            got = stand.time(text)
+            if isinstance(got, str):
+                return got
+            times.append(got)
+        return statistics.geometric_mean(times)
+
+    def again(self, text: str) -> tuple[float, ...]:
+        """Microseconds under each routing, from rest."""
+        return tuple(stand.again(text) for stand in self.stands)
+
+
+class Stand:
+    """One point under one routing."""
+
+    def __init__(self, candidate: Candidate, work: Work, device: str) -> None:
+        assert candidate.tuning is not None
+        self.run, self.device = candidate.tuning.run, device
         count = input_sets(work.M) if work.M == 1 else 2 if work.M > 1024 else 4
         self.sets = make_sets(work, count, device)
         self.answer: Answer = answer(self.sets[0], candidate.claims)
         self.once = float("inf")
 
-    def __call__(self, text: str, best: float) -> float | str:
-        if text in self.refused:
-            return self.refused[text]
-        calls = [lambda inputs=inputs: out_of(self.run(inputs, text)) for inputs in self.sets]
+    def _calls(self, text: str) -> list[bench_timer.Call]:
+        return [functools.partial(self._out, inputs, text) for inputs in self.sets]
+
+    def _out(self, inputs: Inputs, text: str) -> torch.Tensor:
+        return out_of(self.run(inputs, text))
+
+    def time(self, text: str) -> float | str:
+        calls = self._calls(text)
         try:
             with Poison("nan"):
                 first = calls[0]()
@@ -114,7 +161,7 @@ class Evaluator:
             if guess > 1000.0:
                 torch.cuda.empty_cache()  # each graph has a pool of its own
             graph = bench_timer.Graph(calls)
-            timing = graph.time(SECONDS, 3, 30)
+            timing = graph.time(SECONDS, 3, 30, rest=0.0)
             if not torch.equal(graph.outputs[0], first):
                 return "wrong: the replayed graph left other bits than the checked call"
             return timing.us
@@ -122,6 +169,12 @@ class Evaluator:
             return "out of memory"
         except Exception as error:  # what cannot be launched is no configuration for this point
             return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
+
+    def again(self, text: str) -> float:
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+        calls = self._calls(text)
+        return (bench_timer.Graph(calls).time(SECONDS) if self.device == "cuda" else bench_timer.on_cpu(calls, 1)).us
 
 
 _worker: list[Candidate] = []
@@ -165,21 +218,49 @@ def _compile(work: Work, texts: Sequence[str], device: str) -> dict[str, str]:
     return failed
 
 
-def warm(spec: str, tuning: Tuning, works: Sequence[Work], jobs: int, device: str) -> dict[str, str]:
-    """Compile what the search will launch, in `jobs` processes; configuration -> why it cannot run."""
-    wanted: dict[tuple[str, str], tuple[Work, dict[str, None]]] = {}
+Point = tuple[Work, ...]
+"""The routings under which one configuration has to serve: what `Work` says but for the routing is equal."""
+
+
+def points(works: Sequence[Work]) -> list[Point]:
+    found: dict[Work, list[Work]] = {}
     for work in works:
-        texts = tuning.compiled(work.problem, len(work.problem.local))
-        wanted.setdefault((work.model, work.dtype), (work, {}))[1].update(dict.fromkeys(texts))
-    tasks = [(work, list(texts)[share::jobs]) for work, texts in wanted.values() for share in range(jobs)]
+        found.setdefault(replace(work, routing=""), []).append(work)
+    return [tuple(some) for some in found.values()]
+
+
+def warm(spec: str, tuning: Tuning, wanted: Mapping[Point, Sequence[str]], jobs: int, device: str) -> dict[str, str]:
+    """Compile what the search will launch, in `jobs` processes; configuration -> why it cannot run.
+
+    `wanted` holds what is tried first at each point, which may be of another kind than its starts.
+    """
+    models: dict[tuple[str, str], tuple[Work, dict[str, None]]] = {}
+    for (work, *_), first in wanted.items():
+        texts = [*first, *tuning.compiled(work.problem, len(work.problem.local))]
+        models.setdefault((work.model, work.dtype), (work, {}))[1].update(dict.fromkeys(texts))
+    tasks = [(work, list(texts)[share::jobs]) for work, texts in models.values() for share in range(jobs)]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start, initargs=(spec, "device")) as pool:
         running = [pool.submit(_compile, work, texts, device) for work, texts in tasks if texts]
         return {text: why for future in running for text, why in future.result().items()}
 
 
+def _effort(point: Point) -> float:
+    """What a configuration costs at a point, in units of the host's time for it: about 60 ms, and ten calls on the device."""
+    p = point[0].problem
+    per_expert = p.N * p.H + p.H * p.I
+    us = max(2.0 * p.T * p.slots * per_expert / 6e8, 2.0 * min(p.E, p.T * p.slots) * per_expert / 3e6)
+    return len(point) * (1.0 + us / 6000.0)
+
+
 def tune(
-    spec: str, works: Sequence[Work], output: Path | None, device: str, jobs: int, seconds: float, log: Callable[[str], None]
+    spec: str,
+    works: Sequence[Work],
+    output: Path | None,
+    device: str,
+    jobs: int,
+    seconds: float,
+    log: Callable[[str], None],
 ) -> Iterator[Search]:
     """Search every point, and after each one write the table as it then is. Points already there are kept unless searched."""
     candidate = load_candidates([spec])[0]
@@ -187,51 +268,43 @@ def tune(
     check(tuning is not None, f"candidate '{candidate.name}' has nothing to tune")
     assert tuning is not None
     start = time.monotonic()
+    table = Table.read(output)
+    wanted = {point: _first(table, tuning, point) for point in points(works)}
     refused: dict[str, str] = {}
     if device == "cuda" and jobs > 1:
-        refused = warm(spec, tuning, works, jobs, device)
+        refused = warm(spec, tuning, wanted, jobs, device)
         for text, why in refused.items():
             log(f"cannot run '{text}': {why}")
         log(f"compiled in {time.monotonic() - start:.0f} s")
-    made = _made(device)
-    for index, work in enumerate(works):
-        # What is left of the time, shared by the points that are left.
-        left = seconds - (time.monotonic() - start)
+    made = results.origin(device, output)
+    left_to_do = sum(_effort(point) for point in wanted)
+    for point in wanted:
         begin = time.monotonic()
-        found = search(
-            work, tuning, Evaluator(candidate, work, device, refused), begin + max(2.0, 3 * left / (len(works) - index))
-        )
+        left = seconds - (begin - start)
+        evaluate = Evaluator(candidate, point, device, refused)
+        # What earlier points left over is shared by those that are left, this one's inputs included.
+        deadline = max(begin + left * _effort(point) / left_to_do, time.monotonic() + LEAST)
+        left_to_do -= _effort(point)
+        found = search(point, tuning, _first(table, tuning, point), evaluate, deadline)
+        for text in sorted(found.times, key=found.times.__getitem__)[:FINALISTS]:
+            found.final[text] = evaluate.again(text)
         if found.times:
+            table.set(tuning.row(point[0].problem, len(point[0].problem.local)), found.best, point, found.final[found.best])
             if output:
-                _store(output, made, tuning.row(work.problem, len(work.problem.local)), work, found)
-            log(f"{work}: {found.times[found.best]:.1f} us by '{found.best}', {len(found.times)} timed, "
+                table.write(output, made)
+            us = " ".join(f"{t:.1f}" for t in found.final[found.best])
+            log(f"{found.name}: {us} us by '{found.best}', {len(found.times)} timed, "
                 f"{len(found.refused)} refused, {len(found.wrong)} wrong, {time.monotonic() - begin:.1f} s")  # fmt: skip
         yield found
         if device == "cuda":
             torch.cuda.empty_cache()
 
 
-def _made(device: str) -> dict[str, str]:
-    """How the table came to be."""
-    return {
-        "command": "moeproof " + " ".join(sys.argv[1:]),
-        "environment": modes.environment("triton", device),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def _store(path: Path, made: dict[str, str], row: str, work: Work, found: Search) -> None:
-    """Set one cell, and what it was measured at, atomically."""
-    record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"plans": {}, "measured": {}}
-    record["made"] = made
-    tried = f"{len(found.times)} timed"
-    if work.routing == "uniform" or str(work.M) not in record["plans"].get(row, {}):
-        record["plans"].setdefault(row, {})[str(work.M)] = found.best
-    record["measured"][str(work)] = {"us": round(found.times[found.best], 2), "plan": found.best, "tried": tried}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".part{os.getpid()}")
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+def _first(table: Table, tuning: Tuning, point: Point) -> list[str]:
+    """The table's own configuration of this point, then those of points nearby."""
+    problem = point[0].problem
+    own = table.plans.get(tuning.row(problem, len(problem.local)), {}).get(str(point[0].M))
+    return list(dict.fromkeys([*([own] if own else []), *nearest(point[0], table.measured)]))
 
 
 def main(found: Iterator[Search], as_json: bool, trace: Path | None) -> int:
@@ -241,13 +314,12 @@ def main(found: Iterator[Search], as_json: bool, trace: Path | None) -> int:
         searches.append(s)
         if as_json:
             best = s.best if s.times else ""
-            line = {"model": s.work.model, "M": s.work.M, "routing": s.work.routing, "best": best, "us": s.times.get(best),
-                    "timed": len(s.times), "refused": s.refused}  # fmt: skip
+            line = {"point": s.name, "best": best, "us": s.final.get(best), "timed": len(s.times), "refused": s.refused}
             sys.stdout.write(json.dumps(line) + "\n")
             sys.stdout.flush()
         if trace:
             trace.parent.mkdir(parents=True, exist_ok=True)
-            everything = [{"point": str(s.work), "times": s.times, "refused": s.refused} for s in searches]
+            everything = [{"point": s.name, "times": s.times, "refused": s.refused, "final": s.final} for s in searches]
             trace.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
     if not any(s.times for s in searches):
         return 3

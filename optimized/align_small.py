@@ -71,7 +71,7 @@ def align_small(
     mine: int,
     overlap: bool,
 ) -> None:
-    """Fill the contiguous int32 tensors of an Alignment. `ep`: experts, as a power of two; `mine`: slots of a program."""
+    """Fill an Alignment's tensors, contiguous int32. `ep`: the experts as a power of two; `mine`: slots a program places."""
     S, B = slots.count, block_expert.numel()
     programs = max(triton.cdiv(S, mine), triton.cdiv(B, BLOCKS))
     map_size = triton.next_power_of_2(triton.cdiv(B, programs))

@@ -25,9 +25,19 @@ def sigmoid(x):
 
 
 @triton.jit
-def quick_sigmoid(x):
-    """With the hardware's exp2: relative error about 2^-21, exact 0 and 1 far out. For values that are rounded to 16 bits."""
-    return 1.0 / (1.0 + tl.exp2(x * -1.4426950408889634))
+def quick_sigmoid(x, SCALE: tl.constexpr):
+    """sigmoid(SCALE * x) by the hardware's exp2: relative error (10 + |SCALE * x|) 2^-24, exact 0 and 1 far out.
+
+    ex2.approx is good to 2^-22 and div.full to 2 ulp (PTX ISA, tables of maximum relative error), the sum to half an ulp. The
+    exponent is rounded once: its factor comes in two parts, as a rounded one would add |SCALE * x| / 5 ulp. An activation made
+    of it so stays in the class of 2-ulp exponentials that the oracle calls exact.
+    """
+    FACTOR: tl.constexpr = SCALE * -1.4426950408889634
+    # Veltkamp's splitting: the upper 24 bits of a double.
+    SHIFTED: tl.constexpr = FACTOR * 536870913.0
+    HIGH: tl.constexpr = SHIFTED - (SHIFTED - FACTOR)
+    LOW: tl.constexpr = FACTOR - HIGH
+    return 1.0 / (1.0 + tl.exp2(tl.fma(x, HIGH, x * LOW)))
 
 
 @triton.jit

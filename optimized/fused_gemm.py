@@ -40,10 +40,10 @@ def _activation(
             if LIMIT > 0:
                 g = _at_most(g, LIMIT)
                 u = _within(u, LIMIT)
-            h = g * quick_sigmoid(g) * u
+            h = g * quick_sigmoid(g, 1.0) * u
         elif NAME == "swigluoai" or NAME == "swigluoai_uninterleave":
             g = _at_most(g, LIMIT)
-            h = g * quick_sigmoid(ALPHA * g) * (_within(u, LIMIT) + BETA)
+            h = g * quick_sigmoid(g, ALPHA) * (_within(u, LIMIT) + BETA)
         else:
             h = gated(g, u, NAME, ALPHA, BETA, LIMIT, LINEAR_BETA)
     else:
@@ -79,7 +79,8 @@ def _multiply_described(
 
 @triton.jit
 def _tile(
-    tile, num_m, num_n, a, a_rows, w, bias_eN, out, weights, sorted_slots, block_expert, num_slots, slots_per_row, N, K,
+    tile, num_m, num_n, a, a_rows, w, bias_eN, out, out_rows, weights, sorted_slots, block_expert,
+    num_slots, slots_per_row, N, K,
     stride_ar, stride_ak, stride_we, stride_wn, stride_wk, stride_be, stride_bn, stride_or, stride_oc, stride_weight,
     NAME: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
     ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr, LINEAR_BETA: tl.constexpr,
@@ -114,7 +115,9 @@ def _tile(
         h = _activation(acc, NAME, ALPHA, BETA, LIMIT, LINEAR_BETA, GATED)
         c = column * h.shape[1] + tl.arange(0, h.shape[1])
         at = out + position.to(tl.int64)[:, None] * stride_or + c.to(tl.int64)[None, :] * stride_oc
-        if EVEN_N:
+        if out_rows is not None:
+            out_rows.store([block * BLOCK_M, column * h.shape[1]], h.to(out.dtype.element_ty))
+        elif EVEN_N:
             tl.store(at, h.to(out.dtype.element_ty))
         else:
             tl.store(at, h.to(out.dtype.element_ty), mask=(c < (N // 2 if GATED else N))[None, :])
@@ -126,7 +129,7 @@ def _tile(
 
 @triton.jit(do_not_specialize=["num_slots", "slots_per_row", "stride_weight", "GROUP_M"])
 def _fused(
-    a, a_rows, w, bias_eN, out, weights, sorted_slots, block_expert, num_padded, num_slots, slots_per_row, N, K,
+    a, a_rows, w, bias_eN, out, out_rows, weights, sorted_slots, block_expert, num_padded, num_slots, slots_per_row, N, K,
     stride_ar, stride_ak, stride_we, stride_wn, stride_wk, stride_be, stride_bn, stride_or, stride_oc, stride_weight,
     NAME: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
     ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr, LINEAR_BETA: tl.constexpr,
@@ -141,7 +144,7 @@ def _fused(
     if PROGRAMS == 0:
         if tl.program_id(0) < num_m * num_n:
             _tile(
-                tl.program_id(0), num_m, num_n, a, a_rows, w, bias_eN, out, weights, sorted_slots, block_expert,
+                tl.program_id(0), num_m, num_n, a, a_rows, w, bias_eN, out, out_rows, weights, sorted_slots, block_expert,
                 num_slots, slots_per_row, N, K, stride_ar, stride_ak, stride_we, stride_wn, stride_wk,
                 stride_be, stride_bn, stride_or, stride_oc, stride_weight, NAME, GATED, PACKED,
                 ALPHA, BETA, LIMIT, LINEAR_BETA, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, TMA, EVEN_N, EVEN_K,
@@ -149,7 +152,7 @@ def _fused(
     else:
         for tile in tl.range(tl.program_id(0), num_m * num_n, PROGRAMS, flatten=FLAT):
             _tile(
-                tile, num_m, num_n, a, a_rows, w, bias_eN, out, weights, sorted_slots, block_expert,
+                tile, num_m, num_n, a, a_rows, w, bias_eN, out, out_rows, weights, sorted_slots, block_expert,
                 num_slots, slots_per_row, N, K, stride_ar, stride_ak, stride_we, stride_wn, stride_wk,
                 stride_be, stride_bn, stride_or, stride_oc, stride_weight, NAME, GATED, PACKED,
                 ALPHA, BETA, LIMIT, LINEAR_BETA, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, TMA, EVEN_N, EVEN_K,
@@ -199,11 +202,15 @@ def _launch(
         if act is None and tile.block_m >= 64 and describable(a):
             # Sorted rows are neighbours. Below 64 rows the product reads them from registers, and copies cost more.
             a_rows = TensorDescriptor(a, list(a.shape), list(a.stride()), [tile.block_m, tile.block_k])
+    out_rows = None
+    if tile.bulk and act is not None and describable(out):
+        columns = tile.block_n // 2 if gated_ else tile.block_n
+        out_rows = TensorDescriptor(out, list(out.shape), list(out.stride()), [tile.block_m, columns])
     num_n = triton.cdiv(N, tile.block_n)
     tiles = alignment.num_blocks * num_n
     programs = min(tile.per_sm * processors(a.device), tiles) if tile.per_sm else 0
     _fused[(programs or tiles,)](
-        a, a_rows, w, bias_eN, out, weights, alignment.sorted_slots, alignment.block_expert, alignment.num_padded,
+        a, a_rows, w, bias_eN, out, out_rows, weights, alignment.sorted_slots, alignment.block_expert, alignment.num_padded,
         num_slots, slots_per_row, N, K, *a.stride(), *w_eNK.stride(), *(bias_eN.stride() if bias_eN is not None else (0, 0)),
         *out.stride(), weights.stride(0) if weights is not None else 0,
         NAME=act.name if act else "", GATED=gated_, PACKED=packed,

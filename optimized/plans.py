@@ -73,16 +73,20 @@ INTERPRETED_STRIPS = Plan(Strip(64, 512), Strip(64, 512))
 """A program costs milliseconds whatever its size."""
 DECODE = Plan(Tile(16, 64, 128, 1, 4, 4), Tile(16, 64, 128, 1, 4, 4))
 RULE: tuple[tuple[float, Plan], ...] = (
-    (24, DECODE),
-    (48, Plan(Tile(32, 128, 64, 1, 4, 4), Tile(32, 128, 64, 1, 4, 4))),
+    (12, DECODE),
+    (24, Plan(Tile(32, 128, 64, 1, 4, 4), Tile(32, 128, 64, 1, 4, 4))),
     (96, Plan(Tile(64, 128, 64, 4, 4, 4), Tile(64, 128, 64, 4, 4, 4))),
+    (160, Plan(Tile(128, 128, 64, 8, 8, 3), Tile(128, 128, 64, 8, 8, 3))),
     (float("inf"), Plan(Tile(128, 256, 64, 8, 8, 3, True, 1), Tile(128, 256, 64, 8, 8, 3, True, 1))),
 )
-"""For models that no table knows: the first plan whose limit is not below the mean rows of an expert."""
+"""Where no table helps: the first plan whose limit is not below the mean rows of an expert. Limits lie between the points at
+which an H100's table changes height."""
+FAR = 4.0
+"""A tabulated number of tokens says nothing about this many times as many."""
 
 
 def fallback(point: Point) -> Plan:
-    """The plan of a model that the table does not know."""
+    """The plan of a point that the table does not know."""
     if point.T == 1:
         return INTERPRETED_STRIPS if interpreted() else STRIPS
     return next(plan for limit, plan in RULE if point.rows_per_expert <= limit)
@@ -107,15 +111,13 @@ def architecture(device: torch.device) -> str:
 
 
 def choose(point: Point, device: torch.device) -> Plan:
-    """The table's plan of the nearest tabulated number of tokens (by ratio), or the rule's."""
+    """The table's plan of the nearest tabulated number of tokens (by ratio), or the rule's where none is near."""
     rows = table(architecture(device))
     # fp16 and bf16 move the same bytes at the same rate.
-    row = rows.get(point.model) or rows.get(point.model.replace("fp16", "bf16"))
-    if not row:
-        plan = fallback(point)
-    else:
-        plan = row[min(row, key=lambda T: max(T, point.T) / max(min(T, point.T), 1))]
-    return fit(plan, device)
+    row = rows.get(point.model) or rows.get(point.model.replace("fp16", "bf16")) or {}
+    ratios = {T: max(T, point.T) / max(min(T, point.T), 1) for T in row}
+    near = min(ratios, key=ratios.__getitem__, default=0)
+    return fit(row[near] if ratios.get(near, FAR) < FAR else fallback(point), device)
 
 
 def fit(plan: Plan, device: torch.device) -> Plan:
@@ -124,7 +126,7 @@ def fit(plan: Plan, device: torch.device) -> Plan:
         return plan
     first, second = plan.first, plan.second
     if device.type == "cuda" and isinstance(first, Tile) and isinstance(second, Tile) and (first.tma or second.tma):
-        return next(p for _, p in RULE if isinstance(p.first, Tile) and p.first.block_m == min(first.block_m, 64))
+        return next(p for _, p in RULE if isinstance(p.first, Tile) and p.first.block_m == min(first.block_m, 128))
     return Plan(first, second, False)
 
 

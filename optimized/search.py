@@ -25,6 +25,7 @@ TILES = tuple(
         *("64x64x128-g1-w4-s3", "64x128x64-g4-w4-s4", "64x128x128-g4-w8-s3", "64x128x64-g4-w4-s4-tma"),
         *("64x128x128-g4-w4-s3-tma", "64x256x64-g4-w4-s3-tma", "64x128x64-g4-w4-s4-tma-p2", "64x128x64-g4-w4-s3-tma-p3"),
         *("64x256x64-g4-w4-s4-tma-p1", "64x256x64-g4-w8-s4-tma-p1", "64x256x64-g4-w4-s2-tma-p2"),
+        *("64x256x32-g4-w4-s5-tma-p2", "64x256x32-g4-w4-s4-tma-p2-flat"),
         *("64x256x64-g4-w4-s4-tma-p1-flat", "64x128x64-g4-w4-s4-tma-p2-flat"),
         # Bound by the tensor cores: few large tiles, weights reused from L2.
         *(
@@ -36,6 +37,8 @@ TILES = tuple(
         ),
         *("128x256x64-g8-w8-s3-tma", "128x256x64-g8-w8-s3-tma-p1", "128x256x64-g8-w8-s4-tma-p1", "128x128x128-g8-w8-s3-tma-p1"),
         *("128x256x64-g8-w8-s3-tma-p1-flat", "128x128x64-g8-w4-s3-tma-p2-flat", "128x128x64-g8-w8-s4-tma-p1-flat"),
+        *("128x256x64-g8-w8-s3-tma-p1-bulk", "128x256x64-g8-w8-s4-tma-p1-bulk", "128x128x64-g8-w4-s3-tma-p2-bulk"),
+        *("128x256x64-g8-w8-s3-tma-p1-flat-bulk",),
         *("256x128x64-g4-w8-s3-tma-p1", "256x128x64-g4-w8-s4-tma-p1", "256x128x64-g4-w8-s3-tma-p1-flat"),
     )
 )
@@ -64,8 +67,8 @@ def starts(problem: Problem, local_experts: int) -> list[Plan]:
     rows = point(problem, local_experts).rows_per_expert
     plans = [Plan(STRIPS[2], STRIPS[2])] if problem.T <= FEW else []
     for height, texts in STARTS.items():
-        # Half-empty tiles cost little where weight bytes rule, and short ones read the weights again.
-        if (height == 16 or height <= 2.5 * rows) and (height >= 64 or rows <= 2.5 * height):
+        # Half-empty tiles cost little where weight bytes rule, short ones read the weights of a busy expert again.
+        if (height == 16 or height <= 4 * rows) and (height >= 64 or rows <= 2.5 * height):
             plans += [Plan(Tile.parse(text), Tile.parse(text)) for text in texts]
     return plans
 
@@ -89,8 +92,9 @@ def vary(plan: Plan, axis: str) -> list[Plan]:
     elif group:
         changed = [replace(now, group_m=g) for g in GROUPS]
     else:
-        # The group is an axis of its own.
-        changed = [replace(tile, group_m=now.group_m) for tile in TILES if tile.block_m == now.block_m]
+        # The group is an axis of its own, and GEMM2's rows are scattered: no bulk copy takes them.
+        tiles = [t for t in TILES if t.block_m == now.block_m and not (t.bulk and product == "second")]
+        changed = [replace(tile, group_m=now.group_m) for tile in tiles]
     return [replace(plan, **{product: new}) for new in changed if new != now]
 
 

@@ -29,20 +29,23 @@ class Tile:
     """Persistent programs on each multiprocessor, which take turns at the tiles; 0 = a program for each tile."""
     flat: bool = False
     """One loop over tiles and steps: a persistent program loads its next tile while it writes the last one."""
+    bulk: bool = False
+    """GEMM1's rows leave by bulk copies too: the store runs on while the program goes to its next tile."""
 
     def __str__(self) -> str:
         """`128x256x64-g8-w8-s3-tma-p1`; `parse` reads it back."""
         words = [f"{self.block_m}x{self.block_n}x{self.block_k}", f"g{self.group_m}", f"w{self.warps}", f"s{self.stages}"]
-        words += [word for word, has in (("tma", self.tma), (f"p{self.per_sm}", self.per_sm), ("flat", self.flat)) if has]
+        flags = (("tma", self.tma), (f"p{self.per_sm}", self.per_sm), ("flat", self.flat), ("bulk", self.bulk))
+        words += [word for word, has in flags if has]
         return "-".join(words)
 
     @classmethod
     def parse(cls, text: str) -> Tile:
-        found = re.fullmatch(r"(\d+)x(\d+)x(\d+)-g(\d+)-w(\d+)-s(\d+)(-tma)?(?:-p(\d+))?(-flat)?", text)
+        found = re.fullmatch(r"(\d+)x(\d+)x(\d+)-g(\d+)-w(\d+)-s(\d+)(-tma)?(?:-p(\d+))?(-flat)?(-bulk)?", text)
         check(found is not None, f"'{text}' is no tile; tiles look like {cls(128, 256, 64, 8, 8, 3, True, 1)}")
         assert found is not None
-        *sizes, tma, per_sm, flat = found.groups()
-        return cls(*(int(n) for n in sizes), tma=bool(tma), per_sm=int(per_sm or 0), flat=bool(flat))
+        *sizes, tma, per_sm, flat, bulk = found.groups()
+        return cls(*(int(n) for n in sizes), tma=bool(tma), per_sm=int(per_sm or 0), flat=bool(flat), bulk=bool(bulk))
 
     @property
     def options(self) -> dict[str, int]:

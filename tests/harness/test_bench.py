@@ -16,6 +16,7 @@ from moeproof.harness.bench import Options, Reading, geomean_between, geomean_vs
 from moeproof.harness.bench_inputs import answer, make_sets
 from moeproof.harness.bench_points import Work, grid, least
 from moeproof.harness.cli import app
+from moeproof.harness.tune_table import nearest, weak
 from moeproof.reference.contract import Candidate, Claims, ContractError, Inputs
 from moeproof.reference.contract.candidate import Tuning
 from moeproof.reference.eager.candidates import candidates as eager_candidates
@@ -115,20 +116,34 @@ def _tuning(times: dict[str, float]) -> Tuning:
     )
 
 
-TIMES = {"aa": 10.0, "ba": 8.0, "ca": 9.0, "bb": 5.0, "bc": 7.0, "cc": 20.0}
+TIMES = {"aa": 10.0, "ba": 8.0, "ab": 9.0, "cb": 9.0, "ca": 9.0, "bb": 5.0, "bc": 7.0, "cc": 20.0}
 
 
 def test_the_search_takes_one_axis_after_the_other() -> None:
     asked = []
 
-    def evaluate(text: str, best: float) -> float | str:
+    def evaluate(text: str) -> float | str:
         asked.append(text)
         return TIMES[text] if text != "ca" else "wrong: GEMM1"
 
-    found = tune.search(SMALL, _tuning(TIMES), evaluate, math.inf)
+    found = tune.search((SMALL,), _tuning(TIMES), [], evaluate, math.inf)
 
     assert found.best == "bb" and found.wrong == {"ca": "wrong: GEMM1"}
     assert asked == ["aa", "cc", "ba", "ca", "bb", "bc"]
+
+
+def test_what_is_known_comes_first_and_the_last_few_decide() -> None:
+    asked = []
+
+    def evaluate(text: str) -> float:
+        asked.append(text)
+        return TIMES[text]
+
+    found = tune.search((SMALL,), _tuning(TIMES), ["bc", "bb"], evaluate, math.inf)
+    assert asked[:4] == ["bc", "bb", "aa", "cc"]
+
+    found.final = {"bb": (5.0, 9.0), "bc": (6.0, 7.0)}
+    assert found.best == "bc", "timed again, over both routings"
 
 
 def test_a_table_is_written_cell_by_cell_and_a_wrong_configuration_never(
@@ -138,10 +153,35 @@ def test_a_table_is_written_cell_by_cell_and_a_wrong_configuration_never(
     monkeypatch.setattr(tune, "load_candidates", lambda names: [tunable])
     path = tmp_path / "table.json"
     path.write_text(json.dumps({"plans": {"E=16": {"1": "kept"}}, "measured": {}}))
-    found = list(tune.tune("any", [replace(SMALL, M=2)], path, "cpu", 1, 60.0, lambda line: None))
+    works = [replace(SMALL, M=2), replace(SMALL, M=2, routing="zipf")]
+    found = list(tune.tune("any", works, path, "cpu", 1, 60.0, lambda line: None))
     table = json.loads(path.read_text())
 
     assert [set(s.wrong) for s in found] == [{"aa"}]
     assert table["plans"]["E=16"]["1"] == "kept" and table["plans"]["E=16"]["2"] == found[0].best != "aa"
-    assert "moeproof" in table["made"]["command"] and "qwen3 M=2 uniform" in table["measured"]
-    assert not list(tmp_path.glob("*.part*"))
+    assert set(table["measured"]) == {"qwen3 M=2 uniform", "qwen3 M=2 zipf"}
+    assert str(tmp_path) not in table["made"]["command"] and not list(tmp_path.glob("*.part*"))
+
+
+def test_what_is_tried_first_is_what_was_best_nearby() -> None:
+    measured = {
+        f"{model} M={M} uniform": {"plan": f"{model} {M}"}
+        for model, M in (("qwen3", 256), ("qwen3", 4096), ("qwen3", 1), ("mixtral", 256), ("gone", 1024))
+    }
+
+    assert nearest(Work("qwen3", 1024), measured) == ["mixtral 256", "qwen3 256", "qwen3 4096"]
+
+
+def test_weak_points_come_with_all_their_routings(tmp_path: Path) -> None:
+    def reading(M: int, routing: str, us: float) -> dict[str, object]:
+        return {"candidate": "a", "model": "qwen3", "M": M, "routing": routing, "kind": "bf16", "us": us}
+
+    path = tmp_path / "bench.json"
+    path.write_text(
+        json.dumps({"readings": [reading(64, "uniform", 9.0), reading(64, "zipf", 11.0), reading(16, "uniform", 9.0)]})
+    )
+    works = [Work("qwen3", 64), Work("qwen3", 64, "zipf"), Work("qwen3", 16), Work("qwen3", 1)]
+    peers = {("bf16", "qwen3", w.routing, w.M): {"best": 10.0} for w in works}
+
+    assert weak(works, path, peers, "a", 1.0) == [works[0], works[1], works[3]], "a point without a reading is weak"
+    assert weak(works, path, peers, "a", 0.9) == [works[3]]

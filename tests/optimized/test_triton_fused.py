@@ -21,7 +21,7 @@ from moeproof.reference.contract import Candidate, ContractError, Problem
 KINDS = {
     "pointers": "16x64x128-g1-w4-s4 16x32x64-g2-w4-s4",
     "descriptors": "32x64x64-g1-w4-s4-tma 32x64x128-g1-w4-s3-tma",
-    "persistent": "64x128x64-g4-w4-s4-tma-p1 64x64x64-g2-w4-s4-tma-p2-flat",
+    "persistent": "64x128x64-g4-w4-s4-tma-p1-bulk 64x64x64-g2-w4-s4-tma-p2-flat",
     "pointers, persistent": "16x64x64-g4-w4-s3-p1 16x64x64-g1-w4-s3-p2",
 }
 CASES = (
@@ -104,7 +104,8 @@ def test_the_table_decides_and_the_rule_does_the_rest(tmp_path: Path, monkeypatc
     cpu = torch.device("cpu")
 
     assert plans.choose(known, cpu) == plans.DECODE
-    assert plans.choose(Point("bf16", 4, 2, 64, 32, 10**6), cpu) == Plan.parse(KINDS["persistent"])
+    assert plans.choose(Point("fp16", 4, 2, 64, 32, 10**4), cpu) == Plan.parse(KINDS["persistent"])
+    assert plans.choose(Point("bf16", 4, 2, 64, 32, 10**6), cpu) == plans.RULE[-1][1]
     assert plans.choose(Point("bf16", 5, 2, 64, 32, 10**6), cpu) == plans.RULE[-1][1]
     assert {str(p) for p in plans.selectable("sm90")} >= set(row.values())
     plans.table.cache_clear()
