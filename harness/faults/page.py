@@ -162,7 +162,7 @@ def markdown(
         "replaced by one that is wrong. A witness counts only calls in which the faulty step gave another value, address or",
         "order; a neutral twin runs the same edit and keeps the healthy result, and must never raise an alarm. A class counts",
         "as caught where all its variants are. `cases` is how far into the general case list (tier full) each variant had to",
-        "go; `calls` is the same for faults that fire by chance, for p = 0.3, 0.03 and 0.003, median of five seeds. `place` says",
+        "go; `calls` is the same for faults that fire by chance, p = 0.3, 0.03 and 0.003, median of five seeds. `place` says",
         "whether the token, slot, expert or rank that the first finding names is one that the fault changed; a dash where it",
         "changed all of them.",
         "",

@@ -79,9 +79,9 @@ def judged(fault: Fault, pipeline: Pipeline, thing: Candidate, case: Case) -> Ve
 
 
 def _fires(fault: Fault, variant: str, number: int, case: Case) -> bool:
-    """Would one plain call fire it? Spares the judgement of cases that cannot."""
+    """Would one plain call fire it, were chance on its side? Spares the judgement of cases that cannot."""
     pipeline, _ = ground_of(fault, number)
-    witness = plant(pipeline, fault.variants[variant])
+    witness = plant(pipeline, fault.variants[variant], dice=Dice(1.0))
     given, _ = guard_inputs(_inputs(case), "nan")
     try:
         with Poison("nan"):
@@ -89,6 +89,10 @@ def _fires(fault: Fault, variant: str, number: int, case: Case) -> bool:
     except Exception:  # what the fault threw shows in the judgement
         return True
     return witness.fired > 0
+
+
+def _supported(fault: Fault, number: int, case: Case) -> bool:
+    return ground_of(fault, number)[1].supports(case.problem) is None
 
 
 def hunt(fault: Fault, variant: str, cases: Sequence[Case], twin_cases: int = 3) -> Hunt:
@@ -166,23 +170,25 @@ def _twin_alarms(fault: Fault, variant: str, cases: Sequence[tuple[int, Case]]) 
 
 
 def hunt_by_chance(fault: Fault, variant: str, chance: float, cases: Sequence[Case], seed: int = 1) -> Hunt:
-    """Repeats of one case after the other, round and round, until bits change or MOST_CALLS are spent."""
+    """Repeats of one case after the other, round and round, until bits change or MOST_CALLS are spent.
+
+    Only cases in which it can fire at all are repeated.
+    """
     start = time.perf_counter()
+    numbered = [(n, c) for n, c in enumerate(cases) if _supported(fault, n, c) and _fires(fault, variant, n, c)]
     calls, fired, rounds = 0, 0, 0
     result = Hunt(fault.id, variant, chance)
     dice = Dice(chance, seed)
-    while calls < MOST_CALLS and not result.caught:
-        number = rounds % len(cases)
+    while numbered and calls < MOST_CALLS and not result.caught:
+        number, case = numbered[rounds % len(numbered)]
         rounds += 1
         pipeline, thing = ground_of(fault, number)
         witness = plant(pipeline, fault.variants[variant], dice=dice)
-        verdict, made = judge_repeats(thing, cases[number], REPEATS, "cpu")
+        verdict, made = judge_repeats(thing, case, REPEATS, "cpu")
         calls, fired = calls + made, fired + witness.fired
         if verdict.outcome not in QUIET:
-            result = replace(_caught(result, fault, variant, verdict, number), needed=calls, at=str(cases[number]))
-        if rounds > len(cases) and not calls:
-            break
-    twins = list(enumerate(cases))[:3]
+            result = replace(_caught(result, fault, variant, verdict, number), needed=calls, at=str(case))
+    twins = numbered[:3]
     alarms = tuple(_twin_alarms(fault, variant, twins))
     return replace(result, triggered=fired > 0, twin_checks=len(twins), twin_alarms=alarms, seconds=time.perf_counter() - start)
 
