@@ -59,8 +59,8 @@ def _run(chosen: Sequence[Fault], with_healthy: bool, rules: bool, jobs: int) ->
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        # What fires by chance takes many calls, and comes last.
-        order = sorted(planted, key=lambda name: by_id(name).random)
+        # What fires by chance takes many calls: first, so that one worker is not left alone with it.
+        order = sorted(planted, key=lambda name: not by_id(name).random)
         hunting = [pool.submit(_hunt, name) for name in order]
         checking = [pool.submit(_healthy, (part, len(slices))) for part in slices]
         judging = [pool.submit(on_their_recipe, suite) for suite in suites]

@@ -26,8 +26,8 @@ def right_place(finding: Finding, healthy: Shown, faulty: Shown, inputs: Inputs)
     relevant = live_slots(inputs) if changed.shape == inputs.topk_ids.shape else torch.ones_like(changed)
     if finding.tensor.startswith("topk"):
         relevant = torch.ones_like(changed)
-    if bool(changed[relevant].all()):
-        return None
+    if bool(changed[relevant].all()) or not bool(changed.any()):
+        return None  # every place is right, or this memory happens to hide the fault
     slot = finding.slot or 0
     if changed.shape[1] == 1:
         slot = 0
@@ -67,7 +67,7 @@ def _right_expert(finding: Finding, healthy: Shown, faulty: Shown, inputs: Input
     if a.shape != b.shape:
         return None
     differs = (a.flatten(1) != b.flatten(1)).any(1) if a.dim() > 1 else a != b
-    if bool(differs.all()):
+    if bool(differs.all()) or not bool(differs.any()):
         return None
     local = inputs.problem.local
     return finding.expert in local and bool(differs[local.index(finding.expert)])

@@ -17,7 +17,7 @@ from moeproof.harness.faults.rules import RULES, Rule
 from moeproof.harness.faults.run import Hunt, ground_of
 from moeproof.harness.faults.suites import Suite, make
 from moeproof.harness.inputs import make_inputs
-from moeproof.harness.memory import Poison
+from moeproof.harness.memory import Poison, guard_inputs
 from moeproof.reference.contract.inputs import Inputs
 from moeproof.reference.oracle.chain import chain
 
@@ -44,6 +44,8 @@ class Row:
 def _faulty_out(fault: Fault, variant: str, number: int, inputs: Inputs, poison: str | None) -> tuple[Tensor | None, bool]:
     """(out, fired) of one call; None where the call threw. A router's faults reach the output through its own choice."""
     pipeline, _ = ground_of(fault, number)
+    # A copy: some faults write to their arguments.
+    inputs = guard_inputs(inputs, poison or "big")[0]
     witness = plant(pipeline, fault.variants[variant])
     try:
         with Poison(poison) if poison else nullcontext():

@@ -62,7 +62,9 @@ class World(Pipeline):
         staged = self.stage_messages(inputs, self.layer_input(inputs))
         sent = [self.receive(staged, rank, inputs) for rank in range(self.num_ranks())]
         home = [torch.zeros(T * K, n, dtype=inputs.w1.dtype) for n in (p.N, p.I, p.hidden)]
-        weights = torch.where(inputs.topk_ids >= 0, 0.0, inputs.topk_weights).flatten()
+        # Weights of routed slots come back with their rows; identity experts are nobody's, their weights stay at home.
+        routed = (inputs.topk_ids >= 0) & self.in_range(inputs.topk_ids, inputs)
+        weights = torch.where(routed, 0.0, inputs.topk_weights).flatten()
         arrived, counts = [], []
         for rank, message in enumerate(sent):
             results, plan = self.on_rank(message, rank, inputs)

@@ -28,12 +28,7 @@ def _judge(fault: Fault, variant: str, armed: bool) -> tuple[Verdict, int]:
     found = CAUGHT_BY[fault.id, variant]
     pipeline, thing = ground_of(fault, found["needed"] - 1)
     witness = plant(pipeline, fault.variants[variant], armed)
-    return judged(fault, pipeline, thing, parse_case(cases_line(found))), witness.fired
-
-
-def cases_line(found: dict[str, object]) -> str:
-    """The case that the campaign was at: the finding may name one of its neighbours."""
-    return str(cases_of("full")[int(str(found["needed"])) - 1])
+    return judged(fault, pipeline, thing, parse_case(found["at"])), witness.fired
 
 
 def test_every_public_class_has_a_row() -> None:
@@ -58,7 +53,7 @@ def test_a_planted_fault_is_caught_and_its_twin_is_silent(fault: Fault, variant:
     assert twin.outcome in QUIET, twin
 
 
-@pytest.mark.parametrize("fault", [f for f in CATALOGUE if f.random and f.id != "P75"], ids=lambda f: f.id)
+@pytest.mark.parametrize("fault", [f for f in CATALOGUE if f.random], ids=lambda f: f.id)
 def test_a_fault_by_chance_is_caught_by_repeats(fault: Fault) -> None:
     hunt = hunt_by_chance(fault, "", 0.3, cases_of("quick"))
 
