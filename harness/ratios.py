@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from moeproof.harness import modes, results
+from moeproof.harness import modes, results, workers
 from moeproof.harness.inputs import make_inputs
 from moeproof.harness.judge import judge
 from moeproof.harness.quant_sample import QUANTISED, draw_quantised
@@ -87,7 +87,7 @@ def main(names: list[str], schemes: list[str], cases: int, output: Path | None, 
     """Measure, print one line a scheme, and write the table. Exit code 1 where a healthy candidate did not pass."""
     modes.choose(mode)
     check(cases >= 1, f"cases={cases} must be at least 1")
-    candidates = load_candidates(names)
+    candidates = load_candidates(workers.resolve(names))
     start = time.perf_counter()
     rows, failed = [], 0
     for scheme in schemes or QUANTISED:

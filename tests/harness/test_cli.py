@@ -158,6 +158,18 @@ def test_commands_name_common_options_alike() -> None:
         assert all(getattr(parameter, "help", "") for parameter in command.params), f"{name}: every option says what it does"
 
 
+def test_ratios_without_names_measures_what_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "ratios.json"
+    code = moeproof(monkeypatch, "ratios", "--scheme", "fp8_token", "--cases", "1", "--json", "--output", str(output))
+    row = json.loads(capsys.readouterr().out.splitlines()[0])
+
+    assert code == 0
+    assert row["outcomes"]["PASS"] >= 4
+    assert json.loads(output.read_text())["rows"] == [row]
+
+
 def test_doctor_lists_versions_and_candidates(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     moeproof(monkeypatch, "doctor", "--json")
     facts = json.loads(capsys.readouterr().out)
