@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -161,10 +161,10 @@ def tune(
     tokens: Tokens = None,
     routing: Routings = None,
     dtype: Annotated[str, typer.Option(help="bf16 or fp16.")] = "bf16",
-    output: Annotated[Optional[Path], typer.Option(help="The table; points that are already there are kept.")] = None,  # noqa: UP045
-    trace: Annotated[Optional[Path], typer.Option(help="Every time and refusal, as JSON.")] = None,  # noqa: UP045
-    weak: Annotated[Optional[Path], typer.Option(help="Results of bench: only points slower there than the peers.")] = None,  # noqa: UP045
-    peers: Annotated[Optional[Path], typer.Option(help="CSV of stored times, for --weak.")] = None,  # noqa: UP045
+    output: Annotated[Path | None, typer.Option(help="The table; points that are already there are kept.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Every time and refusal, as JSON.")] = None,
+    weak: Annotated[Path | None, typer.Option(help="Results of bench: only points slower there than the peers.")] = None,
+    peers: Annotated[Path | None, typer.Option(help="CSV of stored times, for --weak.")] = None,
     below: Annotated[float, typer.Option(help="For --weak: best peer's time / own time is under this.")] = 1.0,
     seconds: Annotated[float, typer.Option(help="The whole search, about.")] = 240.0,
     mode: Mode = "auto",
