@@ -117,7 +117,7 @@ def check_tensors(**tensors: torch.Tensor | None) -> None:
         if tensor is None:
             continue
         check(tensor.is_cuda, f"{name} is on {tensor.device}; CUDA stages take tensors on a CUDA device")
-        first = first or tensor
+        first = tensor if first is None else first
         check(
             tensor.device == first.device, f"{name} is on {tensor.device}, another tensor on {first.device}; all must share one"
         )

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from moeproof.optimized.align import Alignment
+from moeproof.optimized.cuda import library
 from moeproof.optimized.cuda.activation import activate
 from moeproof.optimized.cuda.align import align, batch_rows
 from moeproof.optimized.cuda.combine import combine
@@ -66,3 +67,23 @@ REFUSED: list[tuple[str, Callable[[], object]]] = [
 def test_refused(words: str, call: Callable[[], object]) -> None:
     with pytest.raises(ContractError, match=words):
         call()
+
+
+class OnDevice:
+    """As much of a CUDA tensor as `check_tensors` looks at. A tensor of several elements has no truth value."""
+
+    is_cuda = True
+
+    def __init__(self, device: str) -> None:
+        self.device = torch.device(device)
+
+    def __bool__(self) -> bool:
+        raise RuntimeError("Boolean value of Tensor with more than one value is ambiguous")
+
+
+def test_tensors_of_one_device_are_accepted_and_of_two_refused() -> None:
+    here, also, there = OnDevice("cuda:0"), OnDevice("cuda:0"), OnDevice("cuda:1")
+
+    library.check_tensors(x=here, y=None, z=also)  # type: ignore[arg-type]
+    with pytest.raises(ContractError, match="y is on cuda:1, another tensor on cuda:0; all must share one"):
+        library.check_tensors(x=here, y=there)  # type: ignore[arg-type]
