@@ -43,7 +43,8 @@ class RankSession:
     """Judges RankPairs on a world of `ranks` over one transport. The pool starts with the first case that runs.
 
     With transport `simulated` the ranks are threads of this process: no watchdog can end them, but the links give up after
-    the deadline. With a TorchrunWorld every rank has its own session, and all judge the same cases in order.
+    the deadline. With a TorchrunWorld every rank has its own session, and all judge the same cases in order. A RankPool that
+    is given serves others as well.
     """
 
     _pool: RankPool | TorchrunWorld | None
@@ -53,7 +54,7 @@ class RankSession:
         ranks: int,
         transport: str,
         deadline: float = DEADLINE,
-        world: TorchrunWorld | None = None,
+        world: TorchrunWorld | RankPool | None = None,
     ) -> None:
         self.ranks, self.transport, self.deadline = ranks, transport, deadline
         self._given, self._pool = world, world
