@@ -19,15 +19,15 @@ from moeproof.harness.ranks.bench_load import Load, busiest, full_size
 from moeproof.harness.ranks.outcome import RankRun
 from moeproof.harness.ranks.pool import RankPool
 from moeproof.harness.ranks.session import RankSession
-from moeproof.harness.verdict import Outcome
+from moeproof.harness.verdict import Outcome, Verdict
 from moeproof.reference.contract.candidate import RankPair
 from moeproof.reference.contract.errors import check
 from moeproof.reference.contract.problem import Problem
 
 TOKENS = {"cpu": (1, 16, 128), "cuda": (1, 16, 128, 1024, 4096, 16384)}
 """Per rank, where nobody says how many."""
-JUDGED_TOKENS, JUDGED_HIDDEN = 1024, 64
-"""At most so much is held against the float64 oracle; beyond that the full size is proved by identity."""
+JUDGED_TOKENS, JUDGED_HIDDEN = 128, 64
+"""At most so many of each rank are held against the float64 oracle; the full size is proved by identity."""
 
 
 @dataclass(frozen=True)
@@ -111,17 +111,18 @@ def measure(
     # Recording costs tens of microseconds a collective: `verify` compares collectives, this times them.
     with RankPool(ranks, transport, deadline=options.deadline, record=False) as pool:
         session = RankSession(ranks, transport, options.deadline, pool)
+        verdicts: dict[tuple[str, Case], Verdict] = {}
         for T in tokens:
             cases = {layout: full_size(sizes.problem(T * ranks), ranks, layout) for layout in ("standard", "batched")}
             for kind in anchors(transport):
                 yield _raw(pool, kind, cases["standard"], T, options)
             for name, pair in pairs:
-                judged = Case(
-                    replace(sizes.problem(min(T, JUDGED_TOKENS) * ranks, small=True), layout=pair.layout),
-                    values="sat",
-                    ranks=ranks,
-                )
-                yield _pair(pool, session, name, pair, cases[pair.layout], judged, T, options)
+                small = sizes.problem(min(T, JUDGED_TOKENS) * ranks, small=True)
+                judged = Case(replace(small, layout=pair.layout), values="sat", ranks=ranks)
+                if (name, judged) not in verdicts:
+                    verdicts[name, judged] = session.judge(name, pair, judged)
+                head = Reading(pair.name, transport, ranks, T, str(cases[pair.layout]), str(judged))
+                yield _pair(pool, session, name, pair, cases[pair.layout], verdicts[name, judged], head, options)
 
 
 def anchors(transport: str) -> list[str]:
@@ -140,16 +141,26 @@ def _raw(pool: RankPool, kind: str, case: Case, T: int, options: Options) -> Rea
 
 
 def _pair(
-    pool: RankPool, session: RankSession, name: str, pair: RankPair, case: Case, judged: Case, T: int, options: Options
+    pool: RankPool,
+    session: RankSession,
+    name: str,
+    pair: RankPair,
+    case: Case,
+    verdict: Verdict,
+    head: Reading,
+    options: Options,
 ) -> Reading:
-    head = Reading(pair.name, pool.transport, case.ranks, T, str(case), str(judged))
+    """The reading of a pair that has this verdict."""
+    if verdict.outcome is Outcome.UNSUPPORTED:
+        return replace(head, reason=verdict.reason)
     if reason := support(pair, case.world, pool.transport):
         return replace(head, reason=reason)
-    verdict = session.judge(name, pair, judged)
     if verdict.outcome is not Outcome.PASS:
         words = verdict.findings[0] if verdict.findings else verdict.reason
         wrong = "wrong: " if verdict.outcome is Outcome.FAIL else ""
-        return replace(head, reason=f"{wrong}{verdict.outcome.name} on {judged}: {words}")
+        return replace(head, reason=f"{wrong}{verdict.outcome.name} on {head.judged}: {words}")
+    if (failed := session.load(name)) is not None:  # new ranks, if the last candidate broke the pool
+        return replace(head, reason=failed.headline)
     needed = Load(case).must_move()
     return _read(head, pool.run(time_pair, name, str(case), options.seconds), needed, needed)
 
