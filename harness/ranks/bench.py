@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 
 from moeproof.harness.case import Case
 from moeproof.harness.rank_pairs import support
+from moeproof.harness.rank_tags import BASE, DIGITS
 from moeproof.harness.ranks.bench_calls import RAW
 from moeproof.harness.ranks.bench_clock import Samples, time_pair, time_raw
 from moeproof.harness.ranks.bench_load import Load, busiest, full_size
@@ -26,6 +27,7 @@ from moeproof.reference.contract.problem import Problem
 
 TOKENS = {"cpu": (1, 16, 128), "cuda": (1, 16, 128, 1024, 4096, 16384)}
 """Per rank, where nobody says how many."""
+MOST_TOKENS = BASE * BASE
 JUDGED_TOKENS, JUDGED_HIDDEN = 128, 64
 """At most so many of each rank are held against the float64 oracle; the full size is proved by identity."""
 
@@ -104,7 +106,8 @@ def measure(
     """Number of tokens by number of tokens, bare collectives first. Raises ContractError where nothing can run."""
     check(ranks > 1, f"--ranks is {ranks}; between ranks there must be at least 2")
     check(transport != "simulated", "simulated ranks are threads of one process: there is no transport to time")
-    check(all(T > 0 for T in tokens), f"tokens {list(tokens)} must be positive")
+    check(all(0 < T <= MOST_TOKENS for T in tokens), f"tokens {list(tokens)} must be in [1, {MOST_TOKENS}]: tags end there")
+    check(sizes.hidden >= DIGITS, f"hidden={sizes.hidden} must be at least {DIGITS}: a tag needs so many columns")
     check(options.seconds > 0, f"seconds={options.seconds:g} must be above 0")
     for layout in ("standard", "batched"):
         full_size(sizes.problem(ranks), ranks, layout)  # for its refusals, before any process starts

@@ -103,8 +103,9 @@ def _timed(context: RankContext, calls: Calls, seconds: float, fresh: Callable[[
 
     def judged() -> Samples | None:
         fresh()
-        both()
-        for look in (calls.wrong_rows, calls.wrong_output):  # one rank's wrong rows spoil every rank's output
+        # Rows first, on all ranks: one rank's wrong rows spoil every rank's output, and combine may write over them.
+        for act, look in ((calls.dispatch, calls.wrong_rows), (calls.combine, calls.wrong_output)):
+            act()
             found = tuple(look())
             if everyone(len(found)):
                 return Samples(findings=found)

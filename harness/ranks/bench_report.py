@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ BYTES = (
     "other rank that holds an expert of it (standard layout) or one for every slot (batched); for a bare collective what it "
     "moves."
 )
-COLUMNS = "{:>6} {:<36} {:>22} {:>6} {:>22} {:>6} {:>22} {:>10}"
+COLUMNS = "{:>6} {:<35} {:>26} {:>9} {:>26} {:>9} {:>26} {:>9}"
 
 
 def device_of(transport: str) -> str:
@@ -94,7 +95,9 @@ def main(
     if json:
         sys.stdout.write(jsonlib.dumps(last) + "\n")
     if output:
-        results.write(output, results.origin(device, output) | last | {"readings": [r.record() for r in found]})
+        # Ranks on one CPU share it with whatever else runs there.
+        made = results.origin(device, output) | {"load_average": round(os.getloadavg()[0], 1)}
+        results.write(output, made | last | {"readings": [r.record() for r in found]})
     if last["wrong"]:
         return 1
     return 0 if last["timed"] else 3
