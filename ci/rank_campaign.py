@@ -9,6 +9,7 @@ process was left over, and the case after each passed. tests/ranks/test_rank_cam
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -16,6 +17,7 @@ import random
 import signal
 import statistics
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -43,14 +45,16 @@ def exchange(context: RankContext, rows: int) -> bool:
     return bool(torch.equal(back, mine))
 
 
-def exchanges_for_ever(context: RankContext) -> None:
-    """Collectives without an end: whoever is killed is killed in one, or between two."""
+def exchanges_for_ever(context: RankContext, folder: str) -> None:
+    """Collectives without an end: whoever is killed is killed in one, or between two. A file says that a rank has begun."""
     context.enter("DISPATCH")
+    exchange(context, 64)
+    (Path(folder) / str(context.rank)).touch()
     while True:
         exchange(context, 64)
 
 
-def skips(context: RankContext) -> None:
+def skips(context: RankContext, *_: object) -> None:
     t = torch.ones(4, device=context.device)
     dist.all_reduce(t)
     if context.rank != context.world_size - 1:
@@ -103,14 +107,23 @@ def kills(pool: RankPool, count: int) -> dict[str, Any]:
         pool.warm_up()
         pids, victim = pool.pids, draw.randrange(pool.world_size)
         killed_at: list[float] = []
+        delay = 0.02 + 0.1 * draw.random()
+        with tempfile.TemporaryDirectory() as folder:
+            begun = Path(folder) / str(victim)
 
-        def kill(pid: int = pids[victim], killed_at: list[float] = killed_at) -> None:
-            killed_at.append(time.monotonic())
-            os.kill(pid, signal.SIGKILL)
+            def kill(pid: int = pids[victim], at: list[float] = killed_at, begun: Path = begun, delay: float = delay) -> None:
+                limit = time.monotonic() + DEADLINE
+                while not begun.exists() and time.monotonic() < limit:
+                    time.sleep(0.001)
+                time.sleep(delay)
+                at.append(time.monotonic())
+                with contextlib.suppress(ProcessLookupError):  # gone by itself: the verdict will not be the kill's
+                    os.kill(pid, signal.SIGKILL)
 
-        timer = threading.Timer(0.02 + 0.1 * draw.random(), kill)
-        timer.start()
-        run = pool.run(exchanges_for_ever)
+            killer = threading.Thread(target=kill)
+            killer.start()
+            run = pool.run(exchanges_for_ever, folder)
+            killer.join()
         seconds.append(time.monotonic() - killed_at[0])
         right = (Ending.DIED, victim, f"rank {victim} died: killed by SIGKILL in stage DISPATCH")
         if (run.ending, run.rank) != right[:2] or not run.headline.startswith(right[2]):

@@ -136,9 +136,22 @@ def bench(
     output: Annotated[Path | None, typer.Option(help="File for all readings, as JSON.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Picture of time and fraction of roof over M; needs matplotlib.")] = None,
     mode: Mode = "auto",
+    ranks: Annotated[int, typer.Option(help="Time dispatch and combine of candidates for several ranks, on this many.")] = 0,
+    transport: Transport = "auto",
+    hidden: Annotated[int, typer.Option(help="With --ranks: hidden size.")] = 7168,
+    topk: Annotated[int, typer.Option(help="With --ranks: experts of a token.")] = 8,
+    experts: Annotated[int, typer.Option(help="With --ranks: experts of all ranks together.")] = 64,
+    deadline: Deadline = 60.0,
     json: Json = False,
 ) -> None:
     """Time candidates at work points of real models; each is held against the oracle first."""
+    if ranks:
+        from moeproof.harness.ranks import bench as dispatch
+        from moeproof.harness.ranks import bench_report as on_ranks
+
+        on_ranks.refuse({"--model": model, "--routing": routing, "--peers": peers, "--stages": stages, "--plot": plot})
+        sizes, options = dispatch.Sizes(hidden, topk, experts, dtype), dispatch.Options(seconds, deadline)
+        raise typer.Exit(on_ranks.main(candidates or [], tokens or [], sizes, ranks, transport, options, json, output))
     from moeproof.harness import bench as timing
     from moeproof.harness import bench_points, bench_report, modes, workers
     from moeproof.harness.registry import load_candidates

@@ -19,6 +19,8 @@ Tensor = torch.Tensor
 BASE = 128
 """Digits 1 .. 128: integers that bf16, fp16 and fp32 hold exactly."""
 DIGITS = 3
+SHOWN = 4
+"""Findings of one rank that are spelled out."""
 
 
 def tag(rank: int, tokens: int, hidden: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -42,35 +44,43 @@ def tagged(ranks: Sequence[Inputs]) -> list[Inputs]:
     return out
 
 
+def identities(rows: Tensor) -> Tensor:
+    """int64 (n, 2): (rank, token) of each row (n, H). (-1, -1) for a row that is nobody's: a column of another row, or no
+    digit at all."""
+    head = rows[:, :DIGITS]
+    whole = (rows == head[:, torch.arange(rows.size(1), device=rows.device) % DIGITS]).all(dim=1)
+    digits = head.double() - 1
+    somebody = whole & ((digits >= 0) & (digits < BASE) & (digits == digits.floor())).all(dim=1)
+    rank, high, low = torch.where(somebody[:, None], digits, 0.0).long().unbind(dim=1)
+    return torch.where(somebody[:, None], torch.stack([rank, high * BASE + low], dim=1), -1)
+
+
 def identify(rows: Tensor) -> list[tuple[int, int] | None]:
-    """(rank, token) of each row (n, H), None for a row that is nobody's: a column of another row, or no digit at all."""
-    names: list[tuple[int, int] | None] = []
-    for row in rows.double().cpu().tolist():
-        rank, high, low = (row[digit] - 1 for digit in range(DIGITS))
-        whole = all(value == row[column % DIGITS] for column, value in enumerate(row))
-        digits = all(float(d).is_integer() and 0 <= d < BASE for d in (rank, high, low))
-        names.append((int(rank), int(high) * BASE + int(low)) if whole and digits else None)
-    return names
+    """The same as a list, None for a row that is nobody's."""
+    return [None if rank < 0 else (rank, token) for rank, token in identities(rows).tolist()]
 
 
 def check_identity(rank: int, pairs: Sequence[Pair], rows: Tensor, ids: Tensor) -> list[Finding]:
     """Rows (n, H) with their live ids (n, K), of a tagged call: exactly the (source, token, expert) triples of `pairs`."""
-    got: dict[tuple[int, int, int], int] = {}
-    for name, row in zip(identify(rows), ids.tolist(), strict=True):
-        for expert in (e for e in row if e >= 0):
-            if name is None:
-                words = f"a row for expert {expert} carries no rank's token: it is made of pieces, or was never written"
-                return [Finding(Stage.DISPATCH, "rows", words, expert=expert, rank=rank)]
-            got[(*name, expert)] = got.get((*name, expert), 0) + 1
-    want: dict[tuple[int, int, int], int] = {}
-    for pair in pairs:
-        key = (pair.source, pair.token, pair.expert)
-        want[key] = want.get(key, 0) + 1
+    triples = torch.tensor([(p.source, p.token, p.expert) for p in pairs], dtype=torch.int64).view(-1, 3)
+    return check_delivery(rank, triples, rows, ids)
+
+
+def check_delivery(rank: int, triples: Tensor, rows: Tensor, ids: Tensor) -> list[Finding]:
+    """Rows (n, H) with their live ids (n, K), of a tagged call: exactly these (source, token, expert), int64 (m, 3)."""
+    names = identities(rows)
+    row, slot = (ids >= 0).nonzero(as_tuple=True)
+    got = torch.cat([names[row], ids[row, slot].long()[:, None]], dim=1)
+    if bool((nobody := got[:, 0] < 0).any()):
+        expert = int(got[nobody][0, 2])
+        words = f"a row for expert {expert} carries no rank's token: it is made of pieces, or was never written"
+        return [Finding(Stage.DISPATCH, "rows", words, expert=expert, rank=rank)]
+    keys, places = torch.cat([triples.to(got.device), got]).unique(dim=0, return_inverse=True)
+    need = torch.bincount(places[: len(triples)], minlength=len(keys))
+    have = torch.bincount(places[len(triples) :], minlength=len(keys))
     findings = []
-    for key in sorted(got.keys() | want.keys()):
-        have, need = got.get(key, 0), want.get(key, 0)
-        if have != need:
-            source, token, expert = key
-            words = f"token {token} of rank {source} is here {have} times for this expert, must be {need}"
-            findings.append(Finding(Stage.DISPATCH, "rows", words, token=token, expert=expert, rank=rank))
-    return findings[:4]
+    for at in (have != need).nonzero().flatten()[:SHOWN].tolist():
+        source, token, expert = keys[at].tolist()
+        words = f"token {token} of rank {source} is here {int(have[at])} times for this expert, must be {int(need[at])}"
+        findings.append(Finding(Stage.DISPATCH, "rows", words, token=token, expert=expert, rank=rank))
+    return findings

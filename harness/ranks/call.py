@@ -63,15 +63,15 @@ def settle(context: RankContext, name: str | None) -> None:
     """Choose how this rank's kernels run, and import the candidate of this name."""
     modes.choose("interpret" if context.device.type == "cpu" else "device")
     if name is not None:
-        _installed(name)
+        installed(name)
 
 
 def call(context: RankContext, candidate: str | RankPair, line: str) -> dict[str, torch.Tensor]:
     """One case on this rank. `candidate` by name, or itself where it can travel."""
-    pair = _installed(candidate) if isinstance(candidate, str) else candidate
+    pair = installed(candidate) if isinstance(candidate, str) else candidate
     return show(pair, line, GroupLink(context.group, context.device), context.device)
 
 
 @functools.lru_cache(maxsize=256)
-def _installed(name: str) -> RankPair:
+def installed(name: str) -> RankPair:
     return load_rank_pairs([name])[0]

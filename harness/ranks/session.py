@@ -43,7 +43,8 @@ class RankSession:
     """Judges RankPairs on a world of `ranks` over one transport. The pool starts with the first case that runs.
 
     With transport `simulated` the ranks are threads of this process: no watchdog can end them, but the links give up after
-    the deadline. With a TorchrunWorld every rank has its own session, and all judge the same cases in order.
+    the deadline. With a TorchrunWorld every rank has its own session, and all judge the same cases in order. A RankPool that
+    is given serves others as well.
     """
 
     _pool: RankPool | TorchrunWorld | None
@@ -53,7 +54,7 @@ class RankSession:
         ranks: int,
         transport: str,
         deadline: float = DEADLINE,
-        world: TorchrunWorld | None = None,
+        world: TorchrunWorld | RankPool | None = None,
     ) -> None:
         self.ranks, self.transport, self.deadline = ranks, transport, deadline
         self._given, self._pool = world, world
@@ -95,7 +96,8 @@ class RankSession:
             return "Triton's interpreter serves one thread, and simulated ranks are threads; use gloo"
         return None
 
-    def _run(self, candidate: str | RankPair, case: Case) -> list[Shown] | RankRun:
+    def load(self, candidate: str | RankPair) -> RankRun | None:
+        """Start the ranks where there are none, and have them import the candidate. None, or how that failed."""
         if self._no_start is not None:
             return self._no_start  # it is not the case's fault, and would cost as long for each
         pool = self._pool = self._pool or RankPool(self.ranks, self.transport, deadline=self.deadline)
@@ -108,7 +110,13 @@ class RankSession:
             if not run.ok:
                 return run
             self._settled = pool.starts, {candidate} | (loaded if start == pool.starts else set())
-        run = pool.run(call.call, candidate, str(case), seed=case.seed)
+        return None
+
+    def _run(self, candidate: str | RankPair, case: Case) -> list[Shown] | RankRun:
+        if (failed := self.load(candidate)) is not None:
+            return failed
+        assert self._pool is not None, "load started it"
+        run = self._pool.run(call.call, candidate, str(case), seed=case.seed)
         return list(run.results) if run.ok else run
 
     def _simulate(self, pair: RankPair, case: Case) -> list[Shown] | RankRun:

@@ -21,7 +21,7 @@ def poisoned(shape: Sequence[int], like: Tensor) -> Tensor:
     return flat.view(like.dtype).view(*shape)
 
 
-def _either(name: str, before: str) -> Callable[..., Any]:
+def either(name: str, before: str) -> Callable[..., Any]:
     """The collective under its name since torch 2.13, which warns of the one it had before."""
     return getattr(dist, name, None) or getattr(dist, before)
 
@@ -37,7 +37,7 @@ class GroupLink:
     def all_gather(self, x: Tensor) -> Tensor:
         out = poisoned((self.size, *x.shape), x)
         if x.numel():
-            gather = _either("all_gather_single", "all_gather_into_tensor")
+            gather = either("all_gather_single", "all_gather_into_tensor")
             gather(out.view(-1), x.contiguous().view(-1), group=self.group)
         return out
 
@@ -55,7 +55,7 @@ class GroupLink:
     def reduce_scatter(self, x: Tensor) -> Tensor:
         out = poisoned(x.shape[1:], x)
         if x.numel():
-            scatter = _either("reduce_scatter_single", "reduce_scatter_tensor")
+            scatter = either("reduce_scatter_single", "reduce_scatter_tensor")
             scatter(out.view(-1), x.contiguous().view(-1), group=self.group)
         return out
 

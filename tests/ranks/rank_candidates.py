@@ -51,6 +51,23 @@ class Raises(Faulty):
         raise OverflowError("no room for a third replica")
 
 
+class FarRows(AllGatherReduceScatter):
+    """On wide rows, which no small case has, rank 1 gets them in another order."""
+
+    def prepare(self, a1: Any, *arguments: Any) -> Any:
+        rows, *rest = super().prepare(a1, *arguments)
+        return (rows.roll(1, 0) if self.link.rank == GUILTY and a1.size(1) > 64 else rows, *rest)
+
+
+class FarOut(AllGatherReduceScatter):
+    """On wide rows rank 1 loses the last column of its output."""
+
+    def finalize(self, output: Any, *arguments: Any) -> None:
+        super().finalize(output, *arguments)
+        if self.link.rank == GUILTY and output.size(1) > 64:
+            output[:, -1] = 0
+
+
 def build(kind: type[AllGatherReduceScatter]) -> Callable[[Inputs, World, Link], AllGatherReduceScatter]:
     return lambda inputs, world, link: kind(link, world.grid)
 
@@ -73,3 +90,5 @@ travels = RankPair("travels", half_on_one, loop_experts)
 halves, sleeps, dies, raises = (
     replace(whole, name=kind.__name__.lower(), prepare_finalize=build(kind)) for kind in (Halves, Sleeps, Dies, Raises)
 )
+far_rows = replace(whole, name="far_rows", prepare_finalize=build(FarRows))
+far_out = replace(whole, name="far_out", prepare_finalize=build(FarOut))

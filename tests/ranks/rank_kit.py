@@ -19,7 +19,8 @@ from moeproof.reference.contract import FusedMoEModularKernel, Inputs, Link, Ran
 from moeproof.reference.eager.ranks_link import on_threads
 
 Shown = dict[str, torch.Tensor]
-PAIRS = {pair.name: pair for pair in find_rank_pairs() if pair.backend == "torch"}
+INSTALLED = {pair.name: pair for pair in find_rank_pairs()}
+PAIRS = {name: pair for name, pair in INSTALLED.items() if pair.backend == "torch"}
 SHOWING = [name for name, pair in PAIRS.items() if pair.kernel is FusedMoEModularKernel]
 """Pairs whose rows can be seen: those that are called in one piece."""
 every_pair = pytest.mark.parametrize("name", PAIRS)
@@ -42,7 +43,7 @@ ROUTINGS = {
 
 def line_for(name: str, ranks: int, *extras: str, sizes: str = SIZES) -> str:
     """A case line for the pair: its layout, so many ranks, later keys over earlier ones."""
-    options = {"layout": PAIRS[name].layout, "values": "sat", "ranks": str(ranks), "seed": "5"}
+    options = {"layout": INSTALLED[name].layout, "values": "sat", "ranks": str(ranks), "seed": "5"}
     for extra in (sizes, *extras):
         options |= dict(part.split("=", 1) for part in extra.split(",") if part)
     if ranks == 1:
@@ -53,7 +54,7 @@ def line_for(name: str, ranks: int, *extras: str, sizes: str = SIZES) -> str:
 @cache
 def expectation(line: str, name: str) -> WorldExpectation:
     case = parse_case(line)
-    return WorldExpectation(case.world, make_inputs(whole_case(case)), PAIRS[name].claims)
+    return WorldExpectation(case.world, make_inputs(whole_case(case)), INSTALLED[name].claims)
 
 
 def on_ranks(ranks: int, body: Callable[[Link], Any], timeout: float = 10.0) -> list[Any]:

@@ -7,24 +7,24 @@ from typing import Any
 
 import pytest
 import torch
-from gloo_pool import GlooPool
+from gloo_ranks import GlooRanks, pair_on_cases
 from rank_kit import PAIRS, ROUTINGS, SHOWING, every_pair, every_ranks, expectation, findings, line_for, on_ranks
-from rank_worker import GroupLink, pair_on_cases, unpacked
 
 from moeproof.harness.case import parse_case
 from moeproof.harness.rank_checks import check_conservation, check_same_bits, judge_world
 from moeproof.harness.rank_pairs import run_rank
 from moeproof.harness.worlds import make_world_inputs
+from moeproof.reference.contract import Link
 
 
 @every_pair
 @every_ranks
 @pytest.mark.parametrize("reason", ROUTINGS)
-def test_every_rank_gets_its_rows_and_its_output(gloo: GlooPool, name: str, ranks: int, reason: str) -> None:
+def test_every_rank_gets_its_rows_and_its_output(gloo: GlooRanks, name: str, ranks: int, reason: str) -> None:
     """Exact inputs: rows, counts, y and out of every rank must be right to the last bit."""
     line = line_for(name, ranks, ROUTINGS[reason])
     expect = expectation(line, name)
-    shown = [unpacked(answer[0]) for answer in gloo.results(pair_on_cases, ranks, name, [line])]
+    shown = [answer[0] for answer in gloo.results(pair_on_cases, ranks, name, [line])]
     results = judge_world(expect, shown)
 
     assert not [str(f) for r in results.values() for f in r.findings]
@@ -45,30 +45,30 @@ def test_every_rank_gets_its_rows_and_its_output(gloo: GlooPool, name: str, rank
         "values=normal,strided=1,inplace=1,spread=uneven",
     ],
 )
-def test_other_problems_within_their_bounds(gloo: GlooPool, name: str, extra: str) -> None:
+def test_other_problems_within_their_bounds(gloo: GlooRanks, name: str, extra: str) -> None:
     line = line_for(name, 3, extra)
-    shown = [unpacked(answer[0]) for answer in gloo.results(pair_on_cases, 3, name, [line])]
+    shown = [answer[0] for answer in gloo.results(pair_on_cases, 3, name, [line])]
 
     assert not findings(expectation(line, name), shown)
 
 
 @pytest.mark.parametrize("name", [n for n in PAIRS if PAIRS[n].layout == "standard"])
 @pytest.mark.parametrize("extra", ["tp=2,spread=uneven", "tp=2,sp=1,spread=uneven", "tp=4,sp=1", "tp=4,expert_bias=1"])
-def test_tensor_parallel_shards(gloo: GlooPool, name: str, extra: str) -> None:
+def test_tensor_parallel_shards(gloo: GlooRanks, name: str, extra: str) -> None:
     line = line_for(name, 4, "values=normal,routing=minus1", extra)
-    shown = [unpacked(answer[0]) for answer in gloo.results(pair_on_cases, 4, name, [line])]
+    shown = [answer[0] for answer in gloo.results(pair_on_cases, 4, name, [line])]
 
     assert not findings(expectation(line, name), shown)
 
 
 @every_pair
-def test_calls_back_to_back_leave_nothing_behind(gloo: GlooPool, name: str) -> None:
+def test_calls_back_to_back_leave_nothing_behind(gloo: GlooRanks, name: str) -> None:
     """One instance, other data, other routing, fewer tokens and the first call again: each as if it were alone."""
     first = line_for(name, 3, "values=normal,routing=uniform,spread=uneven")
     others = [first.replace("seed=5", "seed=6"), line_for(name, 3, "routing=none,spread=uneven")]
     lines = [first, *others, first]
     answers = gloo.results(pair_on_cases, 3, name, lines)
-    by_call = [[unpacked(answer[n]) for answer in answers] for n in range(len(lines))]
+    by_call = [[answer[n] for answer in answers] for n in range(len(lines))]
 
     for line, shown in zip(lines, by_call, strict=True):
         assert not findings(expectation(line, name), shown)
@@ -79,7 +79,7 @@ def test_calls_back_to_back_leave_nothing_behind(gloo: GlooPool, name: str) -> N
 class Late:
     """A link whose rank 1 comes late to every collective."""
 
-    def __init__(self, link: GroupLink) -> None:
+    def __init__(self, link: Link) -> None:
         self._link = link
 
     def __getattr__(self, name: str) -> Any:
@@ -89,29 +89,29 @@ class Late:
         return value
 
 
-def late_calls(link: GroupLink, pair: str, lines: list[str]) -> list[Any]:
+def late_calls(link: Link, pair: str, lines: list[str]) -> list[Any]:
     return pair_on_cases(Late(link), pair, lines)  # type: ignore[arg-type]
 
 
 @every_pair
-def test_a_late_rank_gets_this_call_and_not_the_next(gloo: GlooPool, name: str) -> None:
+def test_a_late_rank_gets_this_call_and_not_the_next(gloo: GlooRanks, name: str) -> None:
     """P82: other data in every call, one rank always behind; nothing of a later call may reach an earlier one."""
     lines = [line_for(name, 3, f"routing={routing},spread=uneven") for routing in ("dup", "hot", "minus1")]
     answers = gloo.results(late_calls, 3, name, lines)
 
     for n, line in enumerate(lines):
-        assert not findings(expectation(line, name), [unpacked(answer[n]) for answer in answers])
+        assert not findings(expectation(line, name), [answer[n] for answer in answers])
 
 
 @every_pair
-def test_processes_and_threads_give_the_same_bits(gloo: GlooPool, name: str) -> None:
+def test_processes_and_threads_give_the_same_bits(gloo: GlooRanks, name: str) -> None:
     """Row for row. A reduce-scatter may add in another order, and y past the counts of a region is nobody's."""
     undefined = {"eager-allgather": "out", "eager-batched-alltoall": "y"}.get(name)
     line = line_for(name, 4, "values=normal,spread=uneven")
     case = parse_case(line)
     inputs = make_world_inputs(case)
     threads = on_ranks(4, lambda link: run_rank(PAIRS[name], [inputs[link.rank]], case.world, link)[0])
-    processes = [unpacked(answer[0]) for answer in gloo.results(pair_on_cases, 4, name, [line])]
+    processes = [answer[0] for answer in gloo.results(pair_on_cases, 4, name, [line])]
 
     for a, b in zip(threads, processes, strict=True):
         assert a.keys() == b.keys()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gloo_pool import GlooPool
+from gloo_ranks import GlooRanks
 from rank_kit import line_for, on_ranks
 
 from moeproof.harness.case import parse_case
@@ -100,7 +100,7 @@ def quantised(link: Link, kind: str) -> list[tuple[float, bool]]:
 
 
 @pytest.mark.parametrize("kind", ["all-gather", "all-to-all", "batched"])
-def test_scales_travel_with_their_fp8_rows(gloo: GlooPool, kind: str) -> None:
+def test_scales_travel_with_their_fp8_rows(gloo: GlooRanks, kind: str) -> None:
     """P24: every rank's rows have magnitudes of their own, so a scale left behind gives another row."""
     for answers in (gloo.results(quantised, 3, kind), on_ranks(3, lambda link: quantised(link, kind))):
         assert all(right for rank in answers for _, right in rank)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from gloo_pool import GlooPool
+from gloo_ranks import GlooRanks
 from rank_kit import PAIRS, line_for, on_ranks
 
 from moeproof.harness.case import parse_case
@@ -84,7 +84,7 @@ def interleaved(link: Link, order: str) -> bool:
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_every_legal_order_gives_what_each_gives_alone(gloo: GlooPool, order: str) -> None:
+def test_every_legal_order_gives_what_each_gives_alone(gloo: GlooRanks, order: str) -> None:
     assert gloo.results(interleaved, 3, ORDERS[order]) == [True] * 3
     assert on_ranks(3, lambda link: interleaved(link, ORDERS[order])) == [True] * 3
 
@@ -162,7 +162,7 @@ def one_out_of_order(link: Link) -> str:
     return ""
 
 
-def test_a_wrong_order_on_one_rank_is_told_to_all(gloo: GlooPool) -> None:
+def test_a_wrong_order_on_one_rank_is_told_to_all(gloo: GlooRanks) -> None:
     texts = gloo.results(one_out_of_order, 3)
 
     assert texts[1].startswith("finish_prepare of micro-batch 1 after its finish_prepare")
@@ -180,7 +180,7 @@ def different_order(link: Link) -> str:
     return str(raised.value)
 
 
-def test_ranks_that_finalize_different_micro_batches_are_told(gloo: GlooPool) -> None:
+def test_ranks_that_finalize_different_micro_batches_are_told(gloo: GlooRanks) -> None:
     texts = gloo.results(different_order, 3)
 
     assert len(set(texts)) == 1

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from gloo_pool import GlooPool
+from gloo_ranks import GlooRanks
 from rank_kit import PAIRS, every_pair, line_for, on_ranks
 
 from moeproof.harness.case import parse_case
@@ -114,14 +114,14 @@ def test_one_wrong_rank_is_told_to_all(name: str, fault: str) -> None:
 
 @every_pair
 @pytest.mark.parametrize("fault", ["id out of range", "another hidden size", "experts that raise"])
-def test_the_same_over_gloo(gloo: GlooPool, name: str, fault: str) -> None:
+def test_the_same_over_gloo(gloo: GlooRanks, name: str, fault: str) -> None:
     _, own, others = FAULTS[fault]
 
     check_answers(gloo.results(refused_then_well, 3, name, fault), own, others)
 
 
 @pytest.mark.parametrize("name", ["eager-alltoall", "eager-batched-alltoall"])
-def test_more_tokens_than_the_bound_release_the_others(gloo: GlooPool, name: str) -> None:
+def test_more_tokens_than_the_bound_release_the_others(gloo: GlooRanks, name: str) -> None:
     """Raised on that rank before any collective; the others are told why, at once."""
     answers = gloo.results(refused_then_well, 3, name, "")
 
@@ -187,7 +187,7 @@ def lying_splits(link: Link) -> str:
     return str(raised.value)
 
 
-def test_splits_that_do_not_match_are_named(gloo: GlooPool) -> None:
+def test_splits_that_do_not_match_are_named(gloo: GlooRanks) -> None:
     texts = gloo.results(lying_splits, 3)
 
     words = "rank 2 sends 2 rows to rank 0, which expects 3; 1 pairs differ"
@@ -228,9 +228,9 @@ def short(link: Link, name: str, at: int) -> tuple[str, str]:
 
 @pytest.mark.parametrize("name", ["eager-alltoall", "eager-batched-alltoall"])
 @pytest.mark.parametrize("at", [0, 1])
-def test_rows_that_were_declared_and_not_sent_are_missed(gloo: GlooPool, name: str, at: int) -> None:
+def test_rows_that_were_declared_and_not_sent_are_missed(unrecorded_gloo: GlooRanks, name: str, at: int) -> None:
     """gloo itself says nothing about a short send: the seal of the row that stayed away does."""
-    for answers in (gloo.results(short, 3, name, at), on_ranks(3, lambda link: short(link, name, at))):
+    for answers in (unrecorded_gloo.results(short, 3, name, at), on_ranks(3, lambda link: short(link, name, at))):
         raised = [text for kind, text in answers if kind == "raised"]
 
         assert raised and any("1 of" in text and "did not arrive as sent" in text for text in raised), answers
