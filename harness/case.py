@@ -147,6 +147,7 @@ class Case:
             check(bool(act.limit), f"values=clamp needs an activation with a limit; '{act}' has none")
         if self.values == "tail":
             check(act.name.startswith("gelu"), f"values=tail is for the gelus, not '{act}'")
+            check(not p.weight_on_input, "values=tail places the gates itself: the weight cannot be on the input")
         if self.values == "sweep":
             plain = p.E == p.K == p.slots == 1 and not (p.expert_bias or p.shared or p.latent or p.router.zero_experts)
             check(plain and p.scale_on_sum == 1, "values=sweep needs a plain layer of one expert: E=1,K=1")

@@ -71,9 +71,15 @@ class Expectation:
         return self._chain[name]
 
     def noise(self, name: str, shown: Shown) -> float:
-        """Relative noise that the bound of this tensor must reject: 10%, or twice the unit roundoff of the second
-        activation format where requantisation lies between what is judged and what it is judged by."""
-        a2 = self.inputs.problem.quant.a2
+        """Relative noise that the bound of this tensor must reject: 10%, or more where what is legal upstream makes more.
+
+        Twice the unit roundoff of the second activation format, where requantisation lies between what is judged and what it is
+        judged by. For a gelu whose gate is not shown, 4 (1 + 4^2) unit roundoffs: its slope at -4 turns the gate's rounding
+        into 1 + g^2 of them, and 4 are seven standard deviations.
+        """
+        p, a2 = self.inputs.problem, self.inputs.problem.quant.a2
+        if name == "h" and "gate_up" not in shown and p.act.name.startswith("gelu"):
+            return max(0.1, 4 * 17 * p.fmt.unit)
         upstream = {"y": ("h", "hq"), "out": ("y",)}.get(name)
         isolated = upstream is None or any(n in shown for n in upstream)
         return 0.1 if a2 is None or isolated else max(0.1, 2 * a2.format.unit)

@@ -9,7 +9,7 @@ import torch
 from moeproof.reference.contract.candidate import Claims
 from moeproof.reference.contract.inputs import Inputs
 from moeproof.reference.contract.problem import Problem
-from moeproof.reference.contract.schemes import Format
+from moeproof.reference.contract.schemes import FORMATS, Format
 from moeproof.reference.oracle.bounds import EXACT_TERMS, dot_error
 from moeproof.reference.oracle.rounding import lowest_bit, round_to
 from moeproof.reference.oracle.value import Value, stored
@@ -39,8 +39,13 @@ def input_rows(inputs: Inputs, x_TH: Tensor) -> Tensor:
     x = x_TH.double()
     if inputs.problem.weight_on_input:
         weights = torch.where(live_slots(inputs), inputs.topk_weights.double(), 0.0)
-        return round_to(x[:, None, :] * weights[:, :, None], inputs.problem.fmt)
+        return weighed(x[:, None, :], weights[:, :, None], inputs.problem.fmt)
     return x[:, None, :].expand(T, K, x.shape[1])
+
+
+def weighed(x: Tensor, w: Tensor, fmt: Format) -> Tensor:
+    """x times a float32 weight as the contract has it: a float32 product, then rounded to the dtype. Exact in float64 first."""
+    return round_to(round_to(x * w, FORMATS["fp32"]), fmt)
 
 
 def by_expert(local_TK: Tensor, num_experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:

@@ -6,9 +6,8 @@ import torch
 
 from moeproof.reference.contract.inputs import Inputs
 from moeproof.reference.contract.schemes import ALL, Quantiser
-from moeproof.reference.oracle.experts import live_slots, local_ids
+from moeproof.reference.oracle.experts import live_slots, local_ids, weighed
 from moeproof.reference.oracle.quantise import Quantised, dequantise, quantise
-from moeproof.reference.oracle.rounding import round_to
 
 Tensor = torch.Tensor
 
@@ -22,7 +21,7 @@ def quant1_input(inputs: Inputs) -> Tensor:
     if not inputs.problem.weight_on_input:
         return x
     weight = torch.where(inputs.topk_ids >= 0, inputs.topk_weights.double(), 0.0)
-    return round_to(torch.where(inputs.topk_ids >= 0, x, 0.0) * weight, inputs.problem.fmt)
+    return weighed(torch.where(inputs.topk_ids >= 0, x, 0.0), weight, inputs.problem.fmt)
 
 
 def quant1(inputs: Inputs) -> Quantised:
