@@ -18,7 +18,9 @@ class CombineSteps(ActSteps):
     def combine(self, inputs: Inputs, y: Tensor, weights: Tensor) -> Tensor:
         """y (T, K, H') unweighted, weights (T, K) as they arrived -> out (T, H)."""
         p, x = inputs.problem, inputs.hidden_states
-        w = self.slot_weights(weights, inputs.topk_ids, p.weight_on_input)
+        # An id that no expert has is as good as -1: its weight may hold anything.
+        ids = torch.where(inputs.topk_ids < max(p.routed_ids, p.weight_experts), inputs.topk_ids, -1)
+        w = self.slot_weights(weights, ids, p.weight_on_input)
         parts = [self.sum_slots(*self.chunk(y, w, start, min(start + CHUNK, p.T)), start) for start in range(0, p.T, CHUNK)]
         total = torch.cat(parts) if parts else torch.zeros(0, p.hidden)
         if p.router.zero_experts:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from moeproof.harness.case import Case
+from moeproof.harness.checks import CHECKS, vacuity
 from moeproof.harness.faults import ranks
 from moeproof.harness.faults.fault import CHANCES, Dice, Fault, plant
 from moeproof.harness.faults.pipeline import Pipeline, candidate
@@ -29,6 +30,8 @@ MOST_CALLS = 2000
 SEEDS = (1, 2, 3, 4, 5)
 """Of the dice: one run of luck says little, so the median is reported."""
 QUIET = (Outcome.PASS, Outcome.UNSUPPORTED, Outcome.VACUOUS)
+SHARP = tuple(check for check in CHECKS if check is not vacuity)
+"""The gate is left out: all it can do is make a VACUOUS of a PASS, and neither catches anything."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class Hunt:
     """Cases of the list up to the one that caught it; for faults by chance the calls."""
     at: str = ""
     """The case of the list that caught it."""
+    number: int = 0
+    """Its place in the list, counted from 0: worlds take their split from it."""
     case: str = ""
     """The case that the finding is about: `at`, or a neighbour of it in a sequence or a replay."""
     finding: str = ""
@@ -75,7 +80,7 @@ def judged(fault: Fault, pipeline: Pipeline, thing: Candidate, case: Case) -> Ve
         return judge_sequence(thing, case, "cpu")
     if isinstance(pipeline, Replayed):
         return judge_replay(fault.id, pipeline.capture, case, thing, "cpu")
-    return judge(thing, case, "cpu")
+    return judge(thing, case, "cpu", checks=SHARP)
 
 
 def _fires(fault: Fault, variant: str, number: int, case: Case) -> bool:
@@ -129,6 +134,7 @@ def _caught(result: Hunt, fault: Fault, variant: str, verdict: Verdict, number: 
         right_stage=(first.stage if first else None) in fault.blame,
         place=_place(fault, variant, verdict, number),
         needed=number + 1,
+        number=number,
         case=str(verdict.case),
         finding=str(first) if first else verdict.reason,
     )
@@ -217,6 +223,7 @@ def _hunt_hang(fault: Fault, variant: str, cases: Sequence[Case]) -> Hunt:
         right_stage=stage,
         place=place,
         needed=stuck.index + 1,
+        number=stuck.index,
         at=str(cases[stuck.index]),
         case=str(cases[stuck.index]),
         finding=str(stuck.finding),

@@ -73,7 +73,7 @@ def on_our_inputs(hunts: Sequence[Hunt]) -> list[Row]:
             inputs = routed(Pipeline(), inputs)
         want, dtype = chain(inputs, CLAIMS)["out"].value, inputs.problem.fmt.dtype
         well = Pipeline()(inputs.map({"hidden_states": inputs.hidden_states.clone()}))["out"].double()
-        got, _ = _faulty_out(fault, h.variant, h.needed - 1, inputs, "nan")
+        got, _ = _faulty_out(fault, h.variant, h.number, inputs, "nan")
         for rule in RULES.values():
             rejected = got is None or not rule.accept(got, want, dtype)
             verdicts[rule.name].append((f"{h.id} {h.variant}".strip(), rejected))

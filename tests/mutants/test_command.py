@@ -26,7 +26,7 @@ def _run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 def test_one_class_as_json_and_as_a_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code = _run(monkeypatch, "--class", "P67", "--class", "P40", "--json", "--out", str(tmp_path))
+    code = _run(monkeypatch, "--class", "P67", "--class", "P40", "--json", "--output", str(tmp_path))
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
     assert code == 0
