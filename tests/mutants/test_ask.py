@@ -11,7 +11,11 @@ from moeproof.harness.inputs import make_inputs
 from moeproof.harness.judge import judge
 from moeproof.harness.verdict import Outcome
 
-LINES = ("T=33,H=104,I=72,E=8,K=2,routing=minus1,seed=1", "T=17,H=40,I=50,E=12,K=10,seed=2")
+LINES = (
+    "T=33,H=104,I=72,E=8,K=2,routing=minus1,seed=1",
+    "T=17,H=40,I=50,E=12,K=10,seed=2",
+    "T=33,H=104,I=72,E=8,K=2,routing=hot,seed=3",
+)
 
 
 def shape_only(moe: Layer) -> bool:
