@@ -5,7 +5,7 @@ from __future__ import annotations
 from moeproof.harness.faults.fault import Fault
 from moeproof.reference.contract.stages import Stage
 
-NO_SCHEME = "needs a quantised scheme: the oracle of this version has none, so nothing could judge codes and scales"
+NO_SCHEME = "the plain pipeline quantises nothing; planted scheme by scheme in tests/harness/test_quant_faults.py instead"
 _Q1, _Q2 = (Stage.QUANT1,), (Stage.QUANT2,)
 
 
