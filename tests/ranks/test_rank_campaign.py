@@ -45,5 +45,5 @@ def test_a_wrong_verdict_would_be_told(campaign: ModuleType, pool: RankPool, mon
 def test_a_case_in_a_warm_pool_is_cheap(campaign: ModuleType, pool: RankPool) -> None:
     record = campaign.costs(pool, 20, 1)
 
-    assert record["warm_pool_ms"]["median"] < 50.0
-    assert record["spawn_per_case_ms"]["median"] > 10 * record["warm_pool_ms"]["median"]
+    # A share, not a time: the time on a machine is in docs/results/ranks.json.
+    assert record["spawn_per_case_ms"]["median"] > 20 * record["warm_pool_ms"]["median"]
