@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
@@ -167,6 +167,7 @@ def sanitize(job: tuple[str, str]) -> dict[str, object]:
     row |= {"summary": summary[-1].strip("= ") if summary else text[-600:], "seconds": round(time.perf_counter() - start, 1)}
     if not fault and counts and max(counts):
         row["first"] = [line for line in text.splitlines() if line.startswith("========")][:12]
+    print(json.dumps(row), flush=True)
     return row
 
 
@@ -189,7 +190,16 @@ def in_processes(work: list[tuple[Callable, object]], workers: int, fresh: bool 
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1 if fresh else None) as pool:
         waiting = [pool.submit(function, argument) for function, argument in work]
+        for future in as_completed(waiting):
+            if words := _unwell(future.result()):
+                print(words, flush=True)
         return [future.result() for future in waiting]
+
+
+def _unwell(row: dict) -> str:  # type: ignore[type-arg]
+    """What is wrong with a result, in one line; nothing where all is well. Printed at once: a run can be cut short."""
+    bad = row.get("outcome", "PASS") not in ("PASS", "UNSUPPORTED") or not row.get("caught", True)
+    return json.dumps(row) if bad or not all(v for v in row.values() if isinstance(v, bool)) else ""
 
 
 def main() -> int:
@@ -216,6 +226,7 @@ def main() -> int:
     with ThreadPoolExecutor(len(TOOLS) + len(CONTROLS)) as pool:
         sanitizer = pool.map(sanitize, [*((tool, "") for tool in TOOLS), *CONTROLS])
         found = in_processes(work, options.workers)
+        print(len(found), "verdicts and histories after", round(time.perf_counter() - start), "s", flush=True)
         caught = in_processes([(hunt, fault) for fault in faults.FAULTS], options.workers, fresh=True)
         tools = list(sanitizer)
     (wide, *kept), verdicts = found[: 1 + len(candidates())], found[1 + len(candidates()) :]
@@ -248,7 +259,7 @@ def _all_well(record: dict) -> bool:  # type: ignore[type-arg]
     wrong = [v for v in record["each_verdict"] if v["outcome"] not in ("PASS", "UNSUPPORTED")]
     missed = [f for f in record["faults"]["each"] if not f["caught"]]
     loud = [t for t in record["sanitizer"] if (t["errors"] != 0) != bool(t["fault"]) or t["errors"] is None]
-    for row in (*wrong, *missed, *record["history"], *record["sanitizer"], *record["timings"]):
+    for row in (*record["history"], *record["timings"]):
         print(json.dumps(row))
     print(record["verdicts"], f"faults {record['faults']['caught']}/{record['faults']['planted']}", record["seconds"], "s")
     kept = all(record["index_width"].values()) and all(h["graph_replay"] and h["side_stream"] for h in record["history"])
