@@ -38,17 +38,31 @@ LONG = (
 )
 """For scales of tokens: nothing happens after 128 columns."""
 LARGE = (
-    *("128x256x128-g8-w8-s3-tma-p1-fast", "128x256x128-g8-w8-s4-tma-p1-fast", "128x256x128-g8-w8-s3-tma-p1-flat-fast"),
+    *("128x256x128-g8-w8-s3-tma-p1-fast", "128x256x128-g8-w8-s4-tma-p1-fast", "128x256x128-g8-w8-s4-tma-p1-bulk-fast"),
     *("128x256x128-g8-w8-s3-tma-p1-bulk-fast", "128x256x128-g8-w8-s3-tma-fast", "128x128x128-g8-w4-s3-tma-p2-fast"),
     *("128x128x128-g8-w8-s3-tma-p2-fast", "256x128x128-g4-w8-s3-tma-p1-fast", "64x256x128-g4-w4-s4-tma-p1-fast"),
     *("128x128x128-g8-w8-s3-fast", "64x128x128-g4-w4-s4-tma-p2-fast", "128x256x128-g8-w8-s3-fast"),
 )
 """The tensor core keeps the sum."""
-STRIPS = ((4, 1024, 4, 1), (8, 512, 4, 1), (8, 1024, 4, 1), (8, 512, 4, 3), (16, 512, 4, 1), (8, 1024, 8, 1), (4, 2048, 4, 1))
+PACKED = (
+    *("16x32x256-g1-w4-s3", "16x64x256-g1-w4-s3", "16x64x256-g1-w4-s4", "16x64x128-g1-w4-s5", "16x128x256-g1-w4-s3"),
+    *("16x32x512-g1-w4-s2", "16x32x512-g1-w4-s3", "16x64x512-g1-w4-s2", "16x64x256-g1-w2-s3", "16x32x256-g1-w2-s4"),
+    *("16x64x256-g1-w4-s3-swap", "16x128x256-g1-w4-s3-swap", "16x64x128-g1-w4-s5-swap", "16x64x512-g1-w4-s2-swap"),
+    *("16x128x128-g1-w8-s4", "16x128x256-g1-w8-s3", "32x64x256-g1-w4-s3", "32x64x128-g1-w4-s4", "32x64x256-g1-w4-s3-swap"),
+    *("32x128x128-g1-w8-s4", "32x128x256-g1-w4-s3-swap", "64x64x128-g1-w4-s4", "64x128x128-g1-w8-s3"),
+    *("64x64x256-g1-w4-s3-swap", "64x128x128-g1-w4-s4-swap", "64x128x128-g1-w8-s4-swap", "128x128x128-g4-w8-s3-swap"),
+)
+"""Four-bit weights."""
+STRIPS = (
+    *((4, 1024, 4, 1), (8, 512, 4, 3), (8, 1024, 4, 1), (16, 512, 4, 1), (4, 2048, 4, 1), (4, 1024, 4, 3), (2, 1024, 2, 1)),
+    *((2, 1024, 2, 3), (4, 1024, 2, 3), (8, 1024, 4, 3), (4, 512, 2, 4), (8, 256, 2, 4)),
+)
 
 
 def tiles(scheme: str, product: str) -> list[Tile]:
     """For `first` or `second` of a scheme."""
+    if scheme == "mxfp4_w4a16":
+        return [Tile.parse(text) for text in PACKED]
     blocks, first = scheme == "fp8_block", product == "first"
     texts = [*EVERY, *(GROUPS if blocks and first else ()), *(() if blocks else LONG), *LARGE]
     found = [Tile.parse(text) for text in texts]
