@@ -102,7 +102,15 @@ PACKED_RULE: tuple[tuple[float, Plan], ...] = (
     (float("inf"), Plan(Tile(64, 128, 128, 1, 4, 4, swap=True), Tile(64, 128, 128, 1, 4, 4, swap=True))),
 )
 """Four-bit weights and 16-bit rows."""
-RULES = {"fp8_token": FP8_RULE, "fp8_block": FP8_RULE, "mxfp4_w4a16": PACKED_RULE}
+FAST = Tile(128, 256, 128, 8, 8, 3, True, 1, fast=True)
+FAST_RULE = (*FP8_RULE[:-1], (float("inf"), Plan(FAST, Tile(128, 128, 128, 8, 8, 4, True, 1, fast=True))))
+RULES = {
+    "fp8_token": FP8_RULE,
+    "fp8_block": FP8_RULE,
+    "fp8_token-fast": FAST_RULE,
+    "fp8_block-fast": FAST_RULE,
+    "mxfp4_w4a16": PACKED_RULE,
+}
 FAR = 4.0
 """A tabulated number of tokens says nothing about this many times as many."""
 
