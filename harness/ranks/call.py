@@ -46,7 +46,8 @@ def staged(pair: RankPair) -> RankPair:
     """The same pair, whose parts say what they are doing."""
     prepare_finalize: Any = lambda inputs, world, link: Staged(pair.prepare_finalize(inputs, world, link))  # noqa: E731
     experts: Any = lambda inputs: Staged(pair.experts(inputs))  # noqa: E731
-    return replace(pair, prepare_finalize=prepare_finalize, experts=experts)
+    taps: Any = None if pair.taps is None else lambda made: pair.taps(made._inner)
+    return replace(pair, prepare_finalize=prepare_finalize, experts=experts, taps=taps)
 
 
 def show(pair: RankPair, line: str, link: Link, device: torch.device) -> dict[str, torch.Tensor]:

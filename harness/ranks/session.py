@@ -81,7 +81,7 @@ class RankSession:
         shown = self._simulate(pair, case) if self.transport == "simulated" else self._run(candidate, case)
         if isinstance(shown, RankRun):
             return verdict(**_failed(shown))  # type: ignore[arg-type]
-        return verdict(**_judged(case, shown, pair.claims))  # type: ignore[arg-type]
+        return verdict(**_judged(case, shown, pair))  # type: ignore[arg-type]
 
     def take_part(self, candidate: str | RankPair, pair: RankPair, case: Case) -> None:
         """What judge() makes this rank do, without the verdict: for ranks of torchrun that do not report."""
@@ -149,14 +149,14 @@ def _finding(m: Mismatch) -> Finding:
 
 
 @functools.lru_cache(maxsize=2)
-def _expected(case: Case, claims: Claims) -> WorldExpectation:
-    """One oracle serves all candidates of a case."""
-    return WorldExpectation(case.world, make_inputs(replace(whole_case(case), strided=False)), claims)
+def _expected(case: Case, claims: Claims, quant1: str) -> WorldExpectation:
+    """One oracle serves all candidates of a case that make the same claims."""
+    return WorldExpectation(case.world, make_inputs(replace(whole_case(case), strided=False)), claims, quant1)
 
 
-def _judged(case: Case, shown: Sequence[Shown], claims: Claims) -> dict[str, object]:
+def _judged(case: Case, shown: Sequence[Shown], pair: RankPair) -> dict[str, object]:
     """The verdict's fields for what every rank showed."""
-    expect = _expected(case, claims)
+    expect = _expected(case, pair.claims, pair.quant1)
     results = judge_world(expect, shown)
     findings = tuple(f for r in results.values() for f in r.findings)
     fields: dict[str, object] = {
