@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from moeproof.harness import modes
-from moeproof.harness.case import parse_case
-from moeproof.harness.rank_pairs import run_rank
+from moeproof.harness.cases.case import parse_case
+from moeproof.harness.cases.worlds import make_rank_inputs
 from moeproof.harness.ranks.context import RankContext
 from moeproof.harness.ranks.journal import enter_stage
+from moeproof.harness.ranks.pairs import run_rank
 from moeproof.harness.registry import load_rank_pairs
-from moeproof.harness.worlds import make_rank_inputs
 from moeproof.reference.contract.candidate import RankPair
 from moeproof.reference.contract.link import Link
 from moeproof.reference.contract.stages import Stage

@@ -10,19 +10,19 @@ from dataclasses import replace
 import torch
 
 from moeproof.harness import modes
-from moeproof.harness.case import Case
-from moeproof.harness.compare import vacuous
-from moeproof.harness.inputs import make_inputs
-from moeproof.harness.rank_checks import WorldExpectation, judge_world
-from moeproof.harness.rank_pairs import support
+from moeproof.harness.cases.case import Case
+from moeproof.harness.cases.inputs import make_inputs
+from moeproof.harness.cases.worlds import whole_case
+from moeproof.harness.judging.compare import vacuous
 from moeproof.harness.ranks import call
+from moeproof.harness.ranks.checks import WorldExpectation, judge_world
 from moeproof.harness.ranks.compare import Mismatch
 from moeproof.harness.ranks.outcome import Ending, RankRun
+from moeproof.harness.ranks.pairs import support
 from moeproof.harness.ranks.pool import DEADLINE, START_DEADLINE, RankPool
 from moeproof.harness.ranks.torchrun import TorchrunWorld
 from moeproof.harness.ranks.transport import unavailable
 from moeproof.harness.verdict import Finding, Outcome, Verdict
-from moeproof.harness.worlds import whole_case
 from moeproof.reference.contract.candidate import Claims, RankPair
 from moeproof.reference.contract.errors import ContractError
 from moeproof.reference.contract.stages import Stage
