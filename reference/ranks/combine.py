@@ -114,7 +114,8 @@ def combine_shards(home: Inputs, y_shards: Sequence[Tensor], fmt: Format, claims
     sums = [routed_sum(home, y) for y in y_shards]
     exact = torch.stack([s[0] for s in sums]).sum(dim=0) * p.scale_on_sum
     magnitude = torch.stack([s[1] for s in sums]).sum(dim=0) * abs(p.scale_on_sum)
-    quantum = min(s[2] for s in sums) if p.scale_on_sum == 1.0 else 0.0
+    finest = torch.stack([torch.as_tensor(s[2], dtype=torch.float64, device=home.device) for s in sums]).amin(dim=0)
+    quantum = finest if p.scale_on_sum == 1.0 else 0.0
     error = combine_error(magnitude, p.slots * len(sums) + 1, quantum, fmt, claims)
     shared = shared_expert(home, claims)
     if shared is not None:
