@@ -21,9 +21,9 @@ from pathlib import Path
 
 import torch
 
-from moeproof.harness import results
-from moeproof.harness.bench_points import SIZES
-from moeproof.harness.bench_timer import Graph
+from moeproof.harness.reports import results
+from moeproof.harness.timing.points import SIZES
+from moeproof.harness.timing.timer import Graph
 from moeproof.optimized.align import align
 from moeproof.optimized.combine import combine
 from moeproof.optimized.quant import fused_gemm
