@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 
 from moeproof.harness.compare import Comparison, compare
+from moeproof.harness.misround import count_misrounded
 from moeproof.harness.rank_rows import Matched, Shown, Sources, match_rows
 from moeproof.harness.verdict import Finding
 from moeproof.reference.contract.candidate import Claims
@@ -128,7 +129,7 @@ def _y(expect: WorldExpectation, shown: Sequence[Shown], matched: list[Matched])
             continue
         alone = _alone(view.inputs, tensors, matched[rank], pairs)
         want = chain(alone, expect.claims)["y"]
-        judged = compare("y", flat[:, None], want, alone.topk_ids)
+        judged = _counted(compare("y", flat[:, None], want, alone.topk_ids), "y", flat[:, None], want)
         parts.append(_named(judged, rank, pairs))
     return {"y": _merged(parts)} if parts else {}
 
@@ -179,9 +180,14 @@ def _out(expect: WorldExpectation, shown: Sequence[Shown], matched: list[Matched
     wants = _isolated(expect, shown, matched) or [view.out for view in expect.ranks]
     parts = []
     for rank, (want, tensors) in enumerate(zip(wants, shown, strict=True)):
-        judged = compare("out", tensors["out"], want)
+        judged = _counted(compare("out", tensors["out"], want), "out", tensors["out"], want)
         parts.append(replace(judged, findings=tuple(replace(f, rank=rank) for f in judged.findings)))
     return {"out": _merged(parts)}
+
+
+def _counted(judged: Comparison, name: str, got: Tensor, want: Value) -> Comparison:
+    """The comparison, with the misrounding count where every element is within its bound."""
+    return judged if judged.findings else replace(judged, findings=tuple(count_misrounded({name: got}, {name: want})))
 
 
 def _isolated(expect: WorldExpectation, shown: Sequence[Shown], matched: list[Matched]) -> list[Value]:
