@@ -23,7 +23,7 @@ from moeproof.harness.verdict import Finding, Outcome, Verdict
 from moeproof.reference.contract.candidate import Claims, RankPair
 from moeproof.reference.contract.errors import ContractError
 from moeproof.reference.contract.stages import Stage
-from moeproof.reference.eager.ranks_link import on_threads
+from moeproof.reference.eager.ranks_link import Missing, on_threads
 
 OUTCOMES = {
     Ending.MISMATCH: Outcome.FAIL,
@@ -78,6 +78,8 @@ class RankSession:
         simulated = self.transport == "simulated"
         answers = self._simulate(pair, case, lean) if simulated else self._run(candidate, case, lean)
         if isinstance(answers, RankRun):
+            if answers.refused and case.routing == "beyond":
+                return verdict(Outcome.UNSUPPORTED, reason=f"refuses ids >= E, as it may: {answers.headline}")
             return verdict(**_failed(answers))  # type: ignore[arg-type]
         return verdict(**_judged(case, answers, pair.claims, lean))  # type: ignore[arg-type]
 
@@ -128,6 +130,9 @@ class RankSession:
             return results
         # A rank that raises breaks the barrier in which the others wait.
         rank, error = next(((r, e) for r, e in errors if type(e).__name__ != "BrokenBarrierError"), errors[0])
+        if isinstance(error, Missing):
+            look = "" if error.rank is None else f"; look at rank {error.rank}"
+            return RankRun(Ending.HUNG, (), rank=error.rank, headline=f"{error}{look}")
         refused = isinstance(error, ContractError)
         headline = f"rank {rank} {'refused its arguments' if refused else 'raised'}: {type(error).__name__}: {error}"
         return RankRun(Ending.RAISED, (), rank=rank, headline=headline, refused=refused)
