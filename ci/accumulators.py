@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from moeproof.harness import results
+from moeproof.harness.reports import results
 
 Tensor = torch.Tensor
 M, N = 256, 512

@@ -21,11 +21,12 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from moeproof.harness import modes, results, workers
-from moeproof.harness.axes import covering
-from moeproof.harness.case import Case, parse_case
-from moeproof.harness.sample import sample
-from moeproof.harness.tiers import cases_of, sweep_cases
+from moeproof.harness import modes, workers
+from moeproof.harness.cases.axes import covering
+from moeproof.harness.cases.case import Case, parse_case
+from moeproof.harness.cases.sample import sample
+from moeproof.harness.cases.tiers import cases_of, sweep_cases
+from moeproof.harness.reports import results
 from moeproof.harness.verdict import Outcome, Verdict
 
 GOOD = (Outcome.PASS, Outcome.UNSUPPORTED)

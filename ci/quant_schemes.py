@@ -19,12 +19,13 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import TypeVar
 
-from moeproof.harness import modes, results, workers
-from moeproof.harness.case import Case
-from moeproof.harness.generator import Stream
-from moeproof.harness.judge import judge
-from moeproof.harness.quant_sample import QUANTISED
+from moeproof.harness import modes, workers
+from moeproof.harness.cases.case import Case
+from moeproof.harness.cases.generator import Stream
+from moeproof.harness.cases.quant_sample import QUANTISED
+from moeproof.harness.judging.judge import judge
 from moeproof.harness.registry import load_candidates
+from moeproof.harness.reports import results
 from moeproof.harness.verdict import Outcome, Verdict
 from moeproof.reference.contract import SCHEMES, Activation, Problem
 from moeproof.reference.contract.problem import LAYOUTS

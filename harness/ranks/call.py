@@ -10,15 +10,15 @@ from typing import Any
 import torch
 
 from moeproof.harness import modes
-from moeproof.harness.case import parse_case
-from moeproof.harness.rank_calls import Called, make_calls, replay
-from moeproof.harness.rank_pairs import run_rank
-from moeproof.harness.rank_turns import replays as replay_turns
-from moeproof.harness.rank_turns import turns
+from moeproof.harness.cases.case import parse_case
+from moeproof.harness.cases.worlds import make_rank_inputs
+from moeproof.harness.ranks.calls import Called, make_calls, replay
 from moeproof.harness.ranks.context import RankContext
 from moeproof.harness.ranks.journal import enter_stage
+from moeproof.harness.ranks.pairs import run_rank
+from moeproof.harness.ranks.turns import replays as replay_turns
+from moeproof.harness.ranks.turns import turns
 from moeproof.harness.registry import load_rank_pairs
-from moeproof.harness.worlds import make_rank_inputs
 from moeproof.reference.contract.candidate import RankPair
 from moeproof.reference.contract.link import Link
 from moeproof.reference.contract.stages import Stage
@@ -69,7 +69,7 @@ def show(pair: RankPair, line: str, link: Link, device: torch.device) -> dict[st
 
 @dataclass(frozen=True)
 class Answer:
-    """One rank's part of all calls of a case (harness.rank_turns)."""
+    """One rank's part of all calls of a case (harness.ranks.turns)."""
 
     calls: list[Called]
     replays: list[Called] | str = ""

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 import torch
 
 from moeproof.harness import modes
-from moeproof.harness.case import Case
-from moeproof.harness.rank_judge import Judgement
-from moeproof.harness.rank_pairs import support
+from moeproof.harness.cases.case import Case
 from moeproof.harness.ranks import call
 from moeproof.harness.ranks.call import Answer
 from moeproof.harness.ranks.compare import Mismatch
+from moeproof.harness.ranks.judge import Judgement
 from moeproof.harness.ranks.outcome import Ending, RankRun
+from moeproof.harness.ranks.pairs import support
 from moeproof.harness.ranks.pool import DEADLINE, START_DEADLINE, RankPool
 from moeproof.harness.ranks.torchrun import TorchrunWorld
 from moeproof.harness.ranks.transport import unavailable

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from moeproof.harness.case import Case, parse_case
-from moeproof.harness.inputs import make_inputs
-from moeproof.harness.rank_checks import WorldExpectation, judge_world
-from moeproof.harness.rank_pairs import run_rank, support
+from moeproof.harness.cases.case import Case, parse_case
+from moeproof.harness.cases.inputs import make_inputs
+from moeproof.harness.cases.worlds import make_world_inputs, whole_case
+from moeproof.harness.ranks.checks import WorldExpectation, judge_world
+from moeproof.harness.ranks.pairs import run_rank, support
 from moeproof.harness.registry import find_rank_pairs
-from moeproof.harness.worlds import make_world_inputs, whole_case
 from moeproof.reference.contract import FusedMoEModularKernel, Inputs, Link, RankPair
 from moeproof.reference.eager.ranks_link import on_threads
 

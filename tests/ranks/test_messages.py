@@ -7,8 +7,8 @@ import torch
 from gloo_ranks import GlooRanks
 from rank_kit import line_for, on_ranks
 
-from moeproof.harness.case import parse_case
-from moeproof.harness.worlds import make_rank_inputs, make_world_inputs
+from moeproof.harness.cases.case import parse_case
+from moeproof.harness.cases.worlds import make_rank_inputs, make_world_inputs
 from moeproof.reference.contract import Link
 from moeproof.reference.contract.agreement import agree, withdraw
 from moeproof.reference.eager.ranks_all_gather import AllGatherReduceScatter

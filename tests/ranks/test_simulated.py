@@ -6,13 +6,13 @@ import pytest
 import torch
 from rank_kit import PAIRS, SHOWING, every_pair, every_showing, expectation, findings, line_for, simulate
 
-from moeproof.harness.case import Case, parse_case
-from moeproof.harness.inputs import digest, make_inputs
-from moeproof.harness.rank_checks import WorldExpectation, check_conservation, check_same_bits, permuted, without_dispatch
-from moeproof.harness.rank_pairs import support
-from moeproof.harness.rank_tags import check_identity, identify, tagged
-from moeproof.harness.world_sample import world_sample
-from moeproof.harness.worlds import make_world_inputs, whole_case
+from moeproof.harness.cases.case import Case, parse_case
+from moeproof.harness.cases.inputs import digest, make_inputs
+from moeproof.harness.cases.world_sample import world_sample
+from moeproof.harness.cases.worlds import make_world_inputs, whole_case
+from moeproof.harness.ranks.checks import WorldExpectation, check_conservation, check_same_bits, permuted, without_dispatch
+from moeproof.harness.ranks.pairs import support
+from moeproof.harness.ranks.tags import check_identity, identify, tagged
 from moeproof.reference.contract import Claims, Inputs, World
 from moeproof.reference.eager.layer import run as one_rank
 from moeproof.reference.oracle import activations, chain

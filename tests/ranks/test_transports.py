@@ -13,14 +13,14 @@ import pytest
 import torch
 from rank_kit import INSTALLED, ROUTINGS, expectation, line_for
 
-from moeproof.harness.case import Case, parse_case
-from moeproof.harness.inputs import make_inputs
-from moeproof.harness.rank_checks import WorldExpectation, judge_world
-from moeproof.harness.rank_pairs import run_rank, support
+from moeproof.harness.cases.case import Case, parse_case
+from moeproof.harness.cases.inputs import make_inputs
+from moeproof.harness.cases.worlds import whole_case
 from moeproof.harness.ranks import RankContext, RankPool
 from moeproof.harness.ranks.call import call, installed, settle
+from moeproof.harness.ranks.checks import WorldExpectation, judge_world
+from moeproof.harness.ranks.pairs import run_rank, support
 from moeproof.harness.ranks.transport import unavailable
-from moeproof.harness.worlds import whole_case
 from moeproof.reference.contract import Inputs
 from moeproof.reference.eager.ranks_link import GroupLink
 from moeproof.reference.ranks import rank_inputs
