@@ -63,7 +63,7 @@ def make_calls(pair: RankPair, late: RankPair, plan: Sequence[Turn], link: Link,
     for turn in plan:
         inputs = turn_inputs(turn, link.rank, device)
         if turn.instance not in instances:
-            instances[turn.instance] = Instance(late if turn.late_rank == link.rank else pair, turn.world, link)
+            instances[turn.instance] = Instance(late if turn.late == link.rank else pair, turn.world, link)
         calls.append(instances[turn.instance].call(inputs, turn.pattern))
     return calls
 

@@ -207,7 +207,7 @@ def whole_out(expect: WorldExpectation) -> Value:
 
 def expectation(turn: Turn, claims: Claims) -> WorldExpectation:
     """The oracle's answers for a call; one serves all candidates of a case."""
-    return _expected(replace(turn, instance=0, pattern="nan", why="", late=False), claims)
+    return _expected(replace(turn, instance=0, pattern="nan", why="", late=None), claims)
 
 
 @functools.lru_cache(maxsize=4)

@@ -17,13 +17,15 @@ from moeproof.harness.ranks.judge import Judgement
 from moeproof.harness.ranks.outcome import Ending, RankRun
 from moeproof.harness.ranks.pairs import support
 from moeproof.harness.ranks.pool import DEADLINE, START_DEADLINE, RankPool
+from moeproof.harness.ranks.runner import Reply
 from moeproof.harness.ranks.torchrun import TorchrunWorld
 from moeproof.harness.ranks.transport import unavailable
+from moeproof.harness.ranks.watchdog import first_refusal
 from moeproof.harness.verdict import Finding, Outcome, Verdict
 from moeproof.reference.contract.candidate import Claims, RankPair
 from moeproof.reference.contract.errors import ContractError
 from moeproof.reference.contract.stages import Stage
-from moeproof.reference.eager.ranks_link import Missing, on_threads
+from moeproof.reference.eager.ranks_link import Apart, Missing, on_threads
 
 OUTCOMES = {
     Ending.MISMATCH: Outcome.FAIL,
@@ -134,6 +136,10 @@ class RankSession:
             look = "" if error.rank is None else f"; look at rank {error.rank}"
             return RankRun(Ending.HUNG, (), rank=error.rank, headline=f"{error}{look}")
         refused = isinstance(error, ContractError)
+        said = {r: Reply(error=str(e)) for r, e in errors}
+        rank = error.rank if isinstance(error, Apart) else first_refusal(said, [rank, *said])
+        own = dict(errors).get(rank, error)
+        error = error if type(own).__name__ == "BrokenBarrierError" else own
         headline = f"rank {rank} {'refused its arguments' if refused else 'raised'}: {type(error).__name__}: {error}"
         return RankRun(Ending.RAISED, (), rank=rank, headline=headline, refused=refused)
 

@@ -41,14 +41,10 @@ class Turn:
     """What unwritten memory holds meanwhile."""
     why: str = ""
     """What a finding of this call must say about it: `called again`, .. ; empty for the first call."""
-    late: bool = False
-    """One rank comes late to each of its parts."""
+    late: int | None = None
+    """A rank that comes late to each of its parts."""
     changed: tuple[str, int] | None = None
     """(relation, which of its calls): the tensors are those that the relation makes of the case's."""
-
-    @property
-    def late_rank(self) -> int | None:
-        return rank_seed(self.case.seed, 0) % self.world.ranks if self.late else None
 
     def repeats(self, first: Turn) -> bool:
         """It must have the very bits of the first call."""
@@ -77,12 +73,13 @@ def turns(case: Case, lean: bool = False) -> tuple[Turn, ...]:
 def _interleaved(first: Turn, instance: int) -> Iterator[Turn]:
     """Other data and routing on one instance, with a late rank; other problems on new ones; then the first one's call again."""
     quiet = replace(first.case, history="none", relation="none")
+    late = rank_seed(first.case.seed, 0) % first.world.ranks
     for number, routing in enumerate(BACK_TO_BACK, start=1):
         if quiet.problem.routed_ids >= quiet.problem.K and quiet.routing != "router":
             quiet = replace(quiet, routing=routing)
         other = replace(quiet, seed=first.case.seed + number)
-        yield Turn(other, first.world, instance, PATTERNS[1], f"of other data, back to back ({other})", late=True)
-    yield replace(first, instance=instance, why="after calls with other data, with a late rank", late=True)
+        yield Turn(other, first.world, instance, PATTERNS[1], f"of other data, back to back ({other})", late=late)
+    yield replace(first, instance=instance, why=f"after calls with other data, while rank {late} is late", late=late)
     for number, other in enumerate(others(first.case), start=1):
         yield Turn(other, other.world, instance + number, PATTERNS[1], f"in between ({other})")
     yield replace(first, why="once other cases have run in between")

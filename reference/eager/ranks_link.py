@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -60,6 +61,14 @@ class GroupLink:
         return out
 
 
+class Apart(ContractError):
+    """The ranks called different collectives, or with other sizes; `rank` differs from the majority."""
+
+    def __init__(self, rank: int, words: str) -> None:
+        super().__init__(words)
+        self.rank = rank
+
+
 class _Room:
     """Where threads meet: each lays down what it brings, and all look at it between two barriers."""
 
@@ -86,8 +95,10 @@ class _Room:
             raise
         ops = [name for name, _ in self.brought]
         if len(set(ops)) > 1:
+            common = Counter(ops).most_common(1)[0][0]
             who = ", ".join(f"rank {r} calls {name}" for r, name in enumerate(ops))
-            raise ContractError(f"collective #{self.calls[rank] - 1}: {who}; they must call the same")
+            words = f"collective #{self.calls[rank] - 1}: {who}; they must call the same"
+            raise Apart(next(r for r, name in enumerate(ops) if name != common), words)
         return [brought for _, brought in self.brought]
 
     def words(self) -> str:
@@ -114,7 +125,7 @@ class ThreadLink:
         self.device = torch.device(device)
 
     def all_gather(self, x: Tensor) -> Tensor:
-        return torch.stack(self._room.swap(self.rank, "all_gather", x.clone()))
+        return torch.stack(self._room.swap(self.rank, f"all_gather of {_sizes(x)}", x.clone()))
 
     def all_to_all(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Wait:
         out = poisoned((sum(receive), *rows.shape[1:]), rows)
@@ -125,11 +136,15 @@ class ThreadLink:
         return lambda: out
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
-        parts = self._room.swap(self.rank, "reduce_scatter", x.clone())
+        parts = self._room.swap(self.rank, f"reduce_scatter of {_sizes(x)}", x.clone())
         total = parts[0][self.rank].clone()
         for part in parts[1:]:
             total += part[self.rank]
         return total
+
+
+def _sizes(x: Tensor) -> str:
+    return f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
 
 
 class Missing(Exception):
