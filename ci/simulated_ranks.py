@@ -43,7 +43,7 @@ def judge(pair: RankPair, case: Case) -> tuple[str, int, float, str]:
     errors = [f"{type(r).__name__}: {r}" for r in shown if isinstance(r, Exception)]
     if errors:
         return "error", 0, 0.0, errors[0]
-    expect = WorldExpectation(case.world, make_inputs(whole_case(case)), pair.claims)
+    expect = WorldExpectation(case.world, make_inputs(whole_case(case)), pair.claims, pair.quant1)
     judged = judge_world(expect, [rank[0] for rank in shown])
     checked, ratio = sum(c.checked for c in judged.values()), max(c.ratio for c in judged.values())
     findings = [str(f) for c in judged.values() for f in c.findings]

@@ -54,7 +54,8 @@ def staged(pair: RankPair, pause: float = 0.0) -> RankPair:
     """The same pair, whose parts say what they are doing."""
     prepare_finalize: Any = lambda i, world, link: Staged(pair.prepare_finalize(i, world, link), pause)  # noqa: E731
     experts: Any = lambda inputs: Staged(pair.experts(inputs), pause)  # noqa: E731
-    return replace(pair, prepare_finalize=prepare_finalize, experts=experts)
+    taps: Any = None if pair.taps is None else lambda made: pair.taps(made._inner)
+    return replace(pair, prepare_finalize=prepare_finalize, experts=experts, taps=taps)
 
 
 def show(pair: RankPair, line: str, link: Link, device: torch.device) -> dict[str, torch.Tensor]:

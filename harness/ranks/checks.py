@@ -1,6 +1,6 @@
 """All ranks' shown tensors against the world's expectation: pure functions, whatever carried the bytes.
 
-What a rank shows is rank_pairs.SHOWN. Every rank is judged and every finding names its rank. GEMMs are judged on the rows
+What a rank shows is ranks.pairs.SHOWN. Every rank is judged and every finding names its rank. Experts are judged on the rows
 that the candidate itself dispatched, COMBINE on the y that it itself computed, so the first red stage is the guilty one.
 """
 
@@ -12,19 +12,17 @@ from dataclasses import replace
 import torch
 
 from moeproof.harness.judging.compare import Comparison, compare
-from moeproof.harness.judging.misround import count_misrounded
+from moeproof.harness.judging.misround import counted
+from moeproof.harness.ranks.experts import gathered, judge_experts
 from moeproof.harness.ranks.rows import Matched, Shown, Sources, match_rows
 from moeproof.harness.verdict import Finding
 from moeproof.reference.contract.candidate import Claims
 from moeproof.reference.contract.inputs import Inputs
-from moeproof.reference.contract.router import Router
 from moeproof.reference.contract.schemes import format_of
 from moeproof.reference.contract.stages import Stage
 from moeproof.reference.contract.world import World
-from moeproof.reference.oracle.chain import chain
 from moeproof.reference.oracle.value import Value
 from moeproof.reference.ranks.combine import combine_shards, home_inputs
-from moeproof.reference.ranks.dispatch import Pair
 from moeproof.reference.ranks.expect import RankExpectation, rank_expectations
 
 Tensor = torch.Tensor
@@ -33,10 +31,11 @@ Tensor = torch.Tensor
 class WorldExpectation:
     """The oracle's answers for one call of a world; they serve every candidate and transport."""
 
-    def __init__(self, world: World, whole: Inputs, claims: Claims) -> None:
+    def __init__(self, world: World, whole: Inputs, claims: Claims, quant1: str = "source") -> None:
+        """`quant1` is the candidate's own (RankPair.quant1)."""
         self.world, self.whole, self.claims = world, whole, claims
-        self.ranks: list[RankExpectation] = rank_expectations(world, whole, claims)
-        self.sources = Sources(self.inputs)
+        self.ranks: list[RankExpectation] = rank_expectations(world, whole, claims, quant1)
+        self.sources = Sources(world, self.ranks)
 
     @property
     def inputs(self) -> list[Inputs]:
@@ -49,7 +48,7 @@ def judge_world(expect: WorldExpectation, shown: Sequence[Shown]) -> dict[str, C
     Stops after a stage with findings: what comes after it is computed from wrong rows.
     """
     results: dict[str, Comparison] = {}
-    steps = (_contract, _counts, _rows, _y, _out)
+    steps = (_contract, _counts, _rows, _experts, _out)
     matched: list[Matched] = []
     for step in steps:
         results |= step(expect, shown, matched)
@@ -101,93 +100,37 @@ def _counts(expect: WorldExpectation, shown: Sequence[Shown], _: list[Matched]) 
 
 
 def _rows(expect: WorldExpectation, shown: Sequence[Shown], matched: list[Matched]) -> dict[str, Comparison]:
+    """Rows and their scales on bits, or what must be sent of x where QUANT1 comes before dispatch."""
     if not all(_shows_rows(tensors) for tensors in shown):
         return {}
-    for rank, (view, tensors) in enumerate(zip(expect.ranks, shown, strict=True)):
-        matched.append(match_rows(rank, view.pairs, expect.sources, tensors, expect.world.grid.local(rank)))
+    for rank, tensors in enumerate(shown):
+        matched.append(match_rows(rank, expect.sources, tensors, expect.world.grid.local(rank)))
     return {"rows": _merged([Comparison(m.findings, m.checked, 0.0) for m in matched])}
 
 
 def _shows_rows(tensors: Shown) -> bool:
-    if "rows" not in tensors or "row_scales" in tensors:
-        return False  # quantised rows are judged by their scheme
+    if "rows" not in tensors:
+        return False
     return "row_ids" in tensors or ("expert_num_tokens" in tensors and tensors["rows"].dim() == 3)
 
 
-def _y(expect: WorldExpectation, shown: Sequence[Shown], matched: list[Matched]) -> dict[str, Comparison]:
-    """y of each rank from the rows it received: the experts alone, whoever sent them."""
+def _experts(expect: WorldExpectation, shown: Sequence[Shown], matched: list[Matched]) -> dict[str, Comparison]:
+    """What each rank's experts made of the rows it received, whoever sent them."""
     if not matched:
         return {}
     parts = []
     for rank, (view, tensors) in enumerate(zip(expect.ranks, shown, strict=True)):
-        if "y" not in tensors:
-            continue
-        flat, pairs = gathered(tensors["y"], matched[rank])
-        if flat is None:
-            words = f"has shape {tuple(tensors['y'].shape)}, which has no place for each received pair"
-            parts.append(Comparison((Finding(Stage.GEMM2, "y", words, rank=rank),), 1, 0.0))
-            continue
-        alone = _alone(view.inputs, tensors, matched[rank], pairs)
-        want = chain(alone, expect.claims)["y"]
-        judged = _counted(compare("y", flat[:, None], want, alone.topk_ids), "y", flat[:, None], want)
-        parts.append(_named(judged, rank, pairs))
+        parts += judge_experts(rank, view, tensors, matched[rank], expect.claims)
     return {"y": _merged(parts)} if parts else {}
-
-
-def gathered(y: Tensor, matched: Matched) -> tuple[Tensor | None, list[Pair]]:
-    """(y of each received pair (n, H), the pairs), in canonical order; None where y has no such place."""
-    pairs = sorted(matched.places)
-    places = [matched.places[p] for p in pairs]
-    if y.dim() != 3 or any(a >= y.shape[0] or b >= y.shape[1] for a, b in places):
-        return None, pairs
-    if not places:
-        return y.new_empty(0, y.shape[-1]), pairs
-    index = torch.tensor(places, device=y.device)
-    return y[index[:, 0], index[:, 1]], pairs
-
-
-def _alone(inputs: Inputs, tensors: Shown, matched: Matched, pairs: Sequence[Pair]) -> Inputs:
-    """The received pairs as tokens of one slot each, on the candidate's own rows; weights were applied or come later."""
-    rows, n = tensors["rows"], len(pairs)
-    places = [matched.places[p] for p in pairs]
-    x = torch.stack([rows[a, b] if rows.dim() == 3 else rows[a] for a, b in places]) if n else rows.new_empty(0, rows.shape[-1])
-    ids = torch.tensor([[p.expert] for p in pairs], dtype=torch.int32, device=x.device).view(n, 1)
-    p = inputs.problem
-    plain = {
-        "router": Router(),
-        "weight_on_input": False,
-        "shared": 0,
-        "shared_gate": False,
-        "layout": "standard",
-        "capacity": 0,
-    }
-    single = replace(p, T=n, K=1, E=p.weight_experts, **plain)  # type: ignore[arg-type]
-    change = {"hidden_states": x, "topk_ids": ids, "topk_weights": torch.ones(n, 1, device=x.device)}
-    return replace(inputs.map(change), problem=single, logits=None)
-
-
-def _named(judged: Comparison, rank: int, pairs: Sequence[Pair]) -> Comparison:
-    """Findings with the coordinates of the token's own rank; `rank` says where it was computed."""
-    findings = []
-    for f in judged.findings:
-        pair = pairs[f.token or 0]
-        words = f"{f.message} (of rank {pair.source})"
-        findings.append(replace(f, message=words, token=pair.token, slot=pair.slot, expert=pair.expert, rank=rank))
-    return replace(judged, findings=tuple(findings))
 
 
 def _out(expect: WorldExpectation, shown: Sequence[Shown], matched: list[Matched]) -> dict[str, Comparison]:
     wants = _isolated(expect, shown, matched) or [view.out for view in expect.ranks]
     parts = []
     for rank, (want, tensors) in enumerate(zip(wants, shown, strict=True)):
-        judged = _counted(compare("out", tensors["out"], want), "out", tensors["out"], want)
+        judged = counted(compare("out", tensors["out"], want), "out", tensors["out"], want)
         parts.append(replace(judged, findings=tuple(replace(f, rank=rank) for f in judged.findings)))
     return {"out": _merged(parts)}
-
-
-def _counted(judged: Comparison, name: str, got: Tensor, want: Value) -> Comparison:
-    """The comparison, with the misrounding count where every element is within its bound."""
-    return judged if judged.findings else replace(judged, findings=tuple(count_misrounded({name: got}, {name: want})))
 
 
 def _isolated(expect: WorldExpectation, shown: Sequence[Shown], matched: list[Matched]) -> list[Value]:
@@ -205,7 +148,8 @@ def _isolated(expect: WorldExpectation, shown: Sequence[Shown], matched: list[Ma
     for rank, (m, tensors) in enumerate(zip(matched, shown, strict=True)):
         if not m.places:
             continue
-        flat, pairs = gathered(tensors["y"], m)
+        pairs = sorted(m.places)
+        flat = gathered(tensors["y"], m, pairs)
         assert flat is not None
         for pair, row in zip(pairs, flat.double(), strict=True):
             came_back[pair.source][world.grid.tp_rank(rank)][pair.token, pair.slot] = row

@@ -23,7 +23,7 @@ from moeproof.harness.ranks.calls import Called
 from moeproof.harness.ranks.checks import WorldExpectation, judge_world
 from moeproof.harness.ranks.turns import Turn, rank_order, relation_stream, replays, turn_whole, turns
 from moeproof.harness.verdict import Finding, Outcome
-from moeproof.reference.contract.candidate import Claims
+from moeproof.reference.contract.candidate import Claims, RankPair
 from moeproof.reference.contract.stages import Stage
 from moeproof.reference.contract.world import World
 from moeproof.reference.oracle.value import Value
@@ -50,9 +50,9 @@ class Seen:
 class Judgement:
     """One candidate on one case on all ranks. `answers` hold each rank's calls in the order of ranks.turns.turns(case)."""
 
-    def __init__(self, case: Case, claims: Claims, calls: Sequence[Sequence[Called]], lean: bool = False) -> None:
+    def __init__(self, case: Case, pair: RankPair, calls: Sequence[Sequence[Called]], lean: bool = False) -> None:
         plan = turns(case, lean)
-        self.case, self.claims, self.lean = case, claims, lean
+        self.case, self.pair, self.claims, self.lean = case, pair, pair.claims, lean
         self.seen = [Seen(turn, [rank[n] for rank in calls]) for n, turn in enumerate(plan)]
         self.tally = Tally()
         self.results: dict[str, Comparison] = {}
@@ -73,7 +73,7 @@ class Judgement:
 
     def _right(self, seen: Seen) -> tuple[dict[str, Comparison], Ruling | None]:
         """One call against the oracle."""
-        results = judge_world(expectation(seen.turn, self.claims), seen.shown)
+        results = judge_world(expectation(seen.turn, self.pair), seen.shown)
         self.tally.add(sum(r.checked for r in results.values()), {name: r.ratio for name, r in results.items()})
         found = tuple(_said(f, seen.turn) for r in results.values() for f in r.findings)
         return results, Ruling(Outcome.FAIL, found) if found else None
@@ -130,7 +130,7 @@ class Judgement:
             return None
         world, name = self.case.world, self.case.relation
         first = together(world, [s["out"] for s in self.seen[0].shown]).double()
-        bound = whole_out(expectation(self.seen[0].turn, self.claims)).bound
+        bound = whole_out(expectation(self.seen[0].turn, self.pair)).bound
         assert bound is not None
         wants, bounds = self._related(first), self._related(2 * bound)
         exact = self._keeps_bits()
@@ -172,7 +172,7 @@ class Judgement:
             shown = tuple((name, first[name].dtype) for name in (("y", "out") if isolated else ("out",)))
             reasons = blind_case(whole, self.claims, shown)
         else:
-            reasons = blind_spots(Together(expectation(self.seen[0].turn, self.claims)), (("out", first["out"].dtype),))
+            reasons = blind_spots(Together(expectation(self.seen[0].turn, self.pair)), (("out", first["out"].dtype),))
         return Ruling(Outcome.VACUOUS, reason="; ".join(reasons)) if reasons else None
 
 
@@ -205,14 +205,14 @@ def whole_out(expect: WorldExpectation) -> Value:
     )
 
 
-def expectation(turn: Turn, claims: Claims) -> WorldExpectation:
-    """The oracle's answers for a call; one serves all candidates of a case."""
-    return _expected(replace(turn, instance=0, pattern="nan", why="", late=None), claims)
+def expectation(turn: Turn, pair: RankPair) -> WorldExpectation:
+    """The oracle's answers for a call; one serves all candidates of a case that make the same claims."""
+    return _expected(replace(turn, instance=0, pattern="nan", why="", late=None), pair.claims, pair.quant1)
 
 
 @functools.lru_cache(maxsize=4)
-def _expected(turn: Turn, claims: Claims) -> WorldExpectation:
-    return WorldExpectation(turn.world, turn_whole(turn), claims)
+def _expected(turn: Turn, claims: Claims, quant1: str) -> WorldExpectation:
+    return WorldExpectation(turn.world, turn_whole(turn), claims, quant1)
 
 
 def _said(finding: Finding, turn: Turn) -> Finding:

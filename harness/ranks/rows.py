@@ -5,20 +5,29 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from moeproof.harness.verdict import Finding
-from moeproof.reference.contract.inputs import Inputs
 from moeproof.reference.contract.stages import Stage
-from moeproof.reference.ranks.dispatch import Pair, dispatched_rows
+from moeproof.reference.contract.world import World
+from moeproof.reference.ranks.dispatch import Pair, dispatched_rows, stored_rows
+from moeproof.reference.ranks.expect import RankExpectation
 
 Tensor = torch.Tensor
 Shown = Mapping[str, Tensor]
-Key = tuple[bytes, bytes, bytes]
-"""Bytes of the row, the expert's id, and the weight's bytes where weights travel."""
 Place = tuple[int, int]
 """Where a pair's result stands in y: (row, column of ids), or (local expert, row) in the batched layout."""
+
+
+class Key(NamedTuple):
+    """What must arrive together: the bytes of row, scales and weight (empty where they do not travel), and the expert's id."""
+
+    row: bytes
+    scales: bytes
+    expert: bytes
+    weight: bytes
 
 
 @dataclass(frozen=True)
@@ -31,91 +40,136 @@ class Matched:
     """Facts compared: one for each pair that must be there and each that is."""
 
 
-def match_rows(rank: int, pairs: Sequence[Pair], sources: Sources, shown: Shown, local_experts: Sequence[int]) -> Matched:
-    """Each pair that `rank` must receive against the rows it shows: the same bytes of row, expert id and weight, once each.
+def match_rows(rank: int, sources: Sources, shown: Shown, local_experts: Sequence[int]) -> Matched:
+    """Each pair that `rank` must receive against the rows it shows: the same bytes of everything in a Key, once each.
 
     Equal bytes are interchangeable: they stand for the same computation. Rows without a live id are padding.
     """
+    pairs = sources.views[rank].pairs
+    if wrong := wrong_shapes(sources.views[rank], shown):
+        return Matched({}, (Finding(Stage.DISPATCH, *wrong, rank=rank),), 1)
     waiting: dict[Key, list[Place]] = defaultdict(list)
     batched = "row_ids" not in shown
     present = _batched_keys(shown, local_experts) if batched else _contiguous_keys(shown)
     for key, place in present:
         waiting[key].append(place)
     places: dict[Pair, Place] = {}
-    missing: list[Pair] = []
-    for pair in pairs:
-        key = sources.key(pair, weighted=not batched)
+    missing: list[tuple[Pair, Key]] = []
+    for n, pair in enumerate(pairs):
+        key = sources.key(rank, n, weighted=not batched and "row_weights" in shown)
         if waiting[key]:
             places[pair] = waiting[key].pop(0)
         else:
-            missing.append(pair)
+            missing.append((pair, key))
     findings = []
+    left = [(key, place) for key in waiting for place in waiting[key]]
     if missing:
-        first = missing[0]
-        words = f"no row here holds token {first.token} of rank {first.source}, slot {first.slot}{sources.hint(first, present)}"
-        findings.append(_finding(words, first, rank, len(missing), len(pairs)))
-    left = [place for key in waiting for place in waiting[key]]
+        findings.append(_missing(rank, missing, [key for key, _ in present], len(pairs)))
     if left:
-        words = f"rows that belong to no routed slot, the first at {left[0]}{sources.owner(left[0], present)}"
+        key, place = left[0]
+        words = f"rows that belong to no routed slot, the first at {place}{sources.owner(key.row)}"
         findings.append(Finding(Stage.DISPATCH, "rows", words, rank=rank, bad=len(left), total=len(present)))
     return Matched(places, tuple(findings), len(pairs) + len(present))
 
 
-def _finding(words: str, pair: Pair, rank: int, bad: int, total: int) -> Finding:
+def wrong_shapes(view: RankExpectation, shown: Shown) -> tuple[str, str] | None:
+    """(tensor, what is wrong with its shape or dtype); None where rows and their scales can be told apart at all."""
+    p, operand, rows = view.inputs.problem, view.operand, shown["rows"]
+    scales = shown.get("row_scales")
+    if operand is None:
+        what = "x is not quantised, so there are no scales to send"
+        return None if scales is None else ("row_scales", f"is {tuple(scales.shape)} {scales.dtype}, must be None: {what}")
+    q = operand.quantiser
+    want = q.code_shape(*rows.shape[:-1], p.hidden)
+    if (tuple(rows.shape), rows.dtype) != (want, q.format.dtype):
+        return "rows", f"is {tuple(rows.shape)} {rows.dtype}, must be {want} {q.format.dtype}: codes of scheme {p.scheme}"
+    need, dtype = q.scale_shape(*rows.shape[:-1], p.hidden), q.scale_format(p.fmt).dtype
+    if scales is None or (tuple(scales.shape), scales.dtype) != (need, dtype):
+        got = "missing" if scales is None else f"{tuple(scales.shape)} {scales.dtype}"
+        return "row_scales", f"is {got}, must be {need} {dtype}: scales of scheme {p.scheme}"
+    return None
+
+
+def _missing(rank: int, missing: Sequence[tuple[Pair, Key]], present: Sequence[Key], total: int) -> Finding:
+    """The first pair that is not here; its scales are blamed where its row came without them."""
+    pair, key = missing[0]
+    same = [other for other in present if other.row == key.row]
+    tensor, hint = "rows", ""
+    if any(other.expert == key.expert and other.weight == key.weight for other in same):
+        tensor, hint = "row_scales", "; the row is here, with other scales"
+    elif any(other.expert == key.expert for other in same):
+        hint = "; the row is here, with another weight"
+    elif same:
+        hint = "; the row is here, for other experts"
+    words = f"no row here holds token {pair.token} of rank {pair.source}, slot {pair.slot}{hint}"
     where = {"token": pair.token, "slot": pair.slot, "expert": pair.expert, "rank": rank}
-    return Finding(Stage.DISPATCH, "rows", words, bad=bad, total=total, **where)  # type: ignore[arg-type]
+    return Finding(Stage.DISPATCH, tensor, words, bad=len(missing), total=total, **where)  # type: ignore[arg-type]
 
 
 def _contiguous_keys(shown: Shown) -> list[tuple[Key, Place]]:
     rows, ids = byte_rows(shown["rows"]), shown["row_ids"]
+    scales = _beside(shown.get("row_scales"), len(rows))
     weights = shown.get("row_weights")
     found = []
     for row, column in (ids >= 0).nonzero().tolist():
         weight = b"" if weights is None else _bytes(weights[row, column])
-        found.append(((rows[row], str(int(ids[row, column])).encode(), weight), (row, column)))
+        found.append((Key(rows[row], scales[row], _name(int(ids[row, column])), weight), (row, column)))
     return found
 
 
 def _batched_keys(shown: Shown, local_experts: Sequence[int]) -> list[tuple[Key, Place]]:
     found = []
+    every = shown.get("row_scales")
     for index, count in enumerate(shown["expert_num_tokens"].tolist()):
-        expert = str(local_experts[index]).encode()
         rows = byte_rows(shown["rows"][index, :count])
-        found += [((row, expert, b""), (index, n)) for n, row in enumerate(rows)]
+        scales = _beside(None if every is None else every[index], len(rows))
+        expert = _name(local_experts[index])
+        found += [(Key(row, scales[n], expert, b""), (index, n)) for n, row in enumerate(rows)]
     return found
 
 
+def _beside(scales: Tensor | None, rows: int) -> list[bytes]:
+    """The scales of each of so many rows: (rows or more, G), or (1, 1) for all."""
+    if scales is None:
+        return [b""] * rows
+    found = byte_rows(scales)
+    return found * rows if len(found) == 1 else found
+
+
 class Sources:
-    """What every rank sends, as bytes."""
+    """What every rank must receive, as bytes."""
 
-    def __init__(self, ranks: Sequence[Inputs]) -> None:
-        self.ranks = ranks
-        self.rows = [byte_rows(dispatched_rows(inputs).flatten(0, 1)) for inputs in ranks]
-        self.slots = ranks[0].topk_ids.shape[1]
+    def __init__(self, world: World, views: Sequence[RankExpectation]) -> None:
+        self.views = views
+        ranks = [view.inputs for view in views]
+        self._keys: list[tuple[list[bytes], list[bytes]]] = []
+        self._owners: dict[bytes, tuple[int, int]] = {}
+        for view in views:
+            rows, scales = stored_rows(world, ranks, view.pairs, view.operand)
+            self._keys.append((byte_rows(rows), _beside(scales, len(view.pairs))))
+            self._owners |= {row: (p.source, p.token) for p, row in zip(view.pairs, self._keys[-1][0], strict=True)}
+        if world.problem.quant.a1 is None:
+            for rank, inputs in enumerate(ranks):
+                slots = max(inputs.topk_ids.shape[1], 1)
+                rows_of = byte_rows(dispatched_rows(inputs).flatten(0, 1))
+                self._owners |= {row: (rank, n // slots) for n, row in enumerate(rows_of)}
 
-    def row(self, pair: Pair) -> bytes:
-        return self.rows[pair.source][pair.token * self.slots + pair.slot]
+    def key(self, rank: int, n: int, weighted: bool) -> Key:
+        """The n-th pair of `rank`."""
+        pair, (rows, scales) = self.views[rank].pairs[n], self._keys[rank]
+        weight = _bytes(self.views[pair.source].inputs.topk_weights[pair.token, pair.slot]) if weighted else b""
+        return Key(rows[n], scales[n], _name(pair.expert), weight)
 
-    def key(self, pair: Pair, weighted: bool) -> Key:
-        weight = _bytes(self.ranks[pair.source].topk_weights[pair.token, pair.slot]) if weighted else b""
-        return self.row(pair), str(pair.expert).encode(), weight
-
-    def hint(self, pair: Pair, present: Sequence[tuple[Key, Place]]) -> str:
-        """What came instead, where the row is there with another id or weight."""
-        row, expert, _ = self.key(pair, weighted=True)
-        same_row = [key for key, _ in present if key[0] == row]
-        if not same_row:
-            return ""
-        if any(key[1] == expert for key in same_row):
-            return "; the row is here, with another weight"
-        return "; the row is here, for other experts"
-
-    def owner(self, place: Place, present: Sequence[tuple[Key, Place]]) -> str:
-        row = next(key[0] for key, where in present if where == place)
-        for source, rows in enumerate(self.rows):
-            if row in rows:
-                return f": token {rows.index(row) // self.slots} of rank {source}"
+    def owner(self, row: bytes) -> str:
+        """Whose row these bytes are, in words."""
+        if row in self._owners:
+            rank, token = self._owners[row]
+            return f": token {token} of rank {rank}"
         return ": no rank sent these bytes"
+
+
+def _name(expert: int) -> bytes:
+    return str(expert).encode()
 
 
 def byte_rows(rows: Tensor) -> list[bytes]:

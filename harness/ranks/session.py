@@ -22,7 +22,7 @@ from moeproof.harness.ranks.torchrun import TorchrunWorld
 from moeproof.harness.ranks.transport import unavailable
 from moeproof.harness.ranks.watchdog import first_refusal
 from moeproof.harness.verdict import Finding, Outcome, Verdict
-from moeproof.reference.contract.candidate import Claims, RankPair
+from moeproof.reference.contract.candidate import RankPair
 from moeproof.reference.contract.errors import ContractError
 from moeproof.reference.contract.stages import Stage
 from moeproof.reference.eager.ranks_link import Apart, Missing, on_threads
@@ -83,7 +83,7 @@ class RankSession:
             if answers.refused and case.routing == "beyond":
                 return verdict(Outcome.UNSUPPORTED, reason=f"refuses ids >= E, as it may: {answers.headline}")
             return verdict(**_failed(answers))  # type: ignore[arg-type]
-        return verdict(**_judged(case, answers, pair.claims, lean))  # type: ignore[arg-type]
+        return verdict(**_judged(case, answers, pair, lean))  # type: ignore[arg-type]
 
     def take_part(self, candidate: str | RankPair, pair: RankPair, case: Case) -> None:
         """What judge() makes this rank do, without the verdict: for ranks of torchrun that do not report."""
@@ -160,9 +160,9 @@ def _finding(m: Mismatch) -> Finding:
     return Finding(stage, "collectives", str(m), rank=m.rank)
 
 
-def _judged(case: Case, answers: Sequence[Answer], claims: Claims, lean: bool) -> dict[str, object]:
+def _judged(case: Case, answers: Sequence[Answer], pair: RankPair, lean: bool) -> dict[str, object]:
     """The verdict's fields for what every rank showed."""
-    judgement = Judgement(case, claims, [a.calls for a in answers], lean)
+    judgement = Judgement(case, pair, [a.calls for a in answers], lean)
     replayed = [a.replays for a in answers if not isinstance(a.replays, str)]
     reason = next((a.replays for a in answers if isinstance(a.replays, str)), "")
     ruling = judgement.ruling(replayed if len(replayed) == len(answers) else reason)

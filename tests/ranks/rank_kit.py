@@ -54,7 +54,8 @@ def line_for(name: str, ranks: int, *extras: str, sizes: str = SIZES) -> str:
 @cache
 def expectation(line: str, name: str) -> WorldExpectation:
     case = parse_case(line)
-    return WorldExpectation(case.world, make_inputs(whole_case(case)), INSTALLED[name].claims)
+    pair = INSTALLED[name]
+    return WorldExpectation(case.world, make_inputs(whole_case(case)), pair.claims, pair.quant1)
 
 
 def on_ranks(ranks: int, body: Callable[[Link], Any], timeout: float = 10.0) -> list[Any]:

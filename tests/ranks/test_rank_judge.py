@@ -12,7 +12,7 @@ from rank_kit import PAIRS, every_pair, line_for
 
 from moeproof.harness.cases.case import parse_case
 from moeproof.harness.judging.compare import compare
-from moeproof.harness.ranks import checks
+from moeproof.harness.judging.misround import counted
 from moeproof.harness.ranks.session import RankSession
 from moeproof.harness.ranks.turns import rank_order, replays, turns
 from moeproof.harness.verdict import Outcome, Verdict
@@ -105,7 +105,7 @@ def test_misrounding_is_counted() -> None:
     within = compare("out", torch.ones(64, 64, dtype=torch.bfloat16), want)
 
     assert not within.findings
-    (found,) = checks._counted(within, "out", torch.ones(64, 64, dtype=torch.bfloat16), want).findings
+    (found,) = counted(within, "out", torch.ones(64, 64, dtype=torch.bfloat16), want).findings
     assert "are not the exact result's own rounding" in found.message
 
 

@@ -114,7 +114,8 @@ def test_what_is_sent_is_what_arrives(ranks: int) -> None:
     for rank in range(ranks):
         here = arrived(world, inputs, rank, at[rank])
         assert torch.equal(torch.bincount(here.source, minlength=ranks), sent[:, rank])
-        rows, regions = batched(world, inputs, rank, at[rank])
+        there = batched(world, inputs, rank, at[rank])
+        rows, regions = there.rows, there.pairs
         assert [len(region) for region in regions] == here.counts.tolist()
         assert int(here.counts.sum()) == len(at[rank]) == int((here.ids >= 0).sum())
         assert int(rows.isnan().all(dim=2).sum()) == rows.shape[0] * rows.shape[1] - len(at[rank])
@@ -224,4 +225,4 @@ def test_random_worlds(case: Case) -> None:
     for name, pair in PAIRS.items():
         if support(pair, case.world, "simulated") is None:
             (shown,) = simulate(pair, case)
-            assert not findings(WorldExpectation(case.world, whole, pair.claims), shown), name
+            assert not findings(WorldExpectation(case.world, whole, pair.claims, pair.quant1), shown), name

@@ -115,7 +115,7 @@ def test_soak_with_changing_routing(pool: RankPool, name: str) -> None:
         shown = [rank[i] for rank in run.results]
         if number not in firsts:
             case, whole = soak_inputs(pair.layout, number)
-            expect = WorldExpectation(case.world, whole, pair.claims)
+            expect = WorldExpectation(case.world, whole, pair.claims, pair.quant1)
             assert not [str(f) for r in judge_world(expect, shown).values() for f in r.findings], (i, SOAK[number])
             firsts[number] = [s["out"] for s in shown]
         assert all(torch.equal(s["out"], out) for s, out in zip(shown, firsts[number], strict=True)), (i, SOAK[number])
