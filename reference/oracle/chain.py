@@ -8,7 +8,7 @@ through a GEMM by its squared weights and through the activation by its own fini
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -39,7 +39,8 @@ class Spread:
 
     @property
     def allowed(self) -> Tensor:
-        return SIGMAS * self.variance.sqrt()
+        # Where a sum may have left float32's range its variance is infinite, and infinity times a weight of 0 is not 0 either.
+        return (SIGMAS * self.variance.sqrt()).nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
 def known(x: Tensor) -> Spread:
@@ -106,8 +107,7 @@ def _quantised_experts(inputs: Inputs, claims: Claims) -> tuple[Spread, Spread, 
     if scheme.a1 is None:
         rows = plain(input_rows(inputs, inputs.hidden_states), p.fmt)
     else:
-        x = decoded(quant1(inputs))
-        rows = replace(x, values=x.values[:, None, :].expand(*local.shape, -1))
+        rows = decoded(quant1(inputs)).in_slots(local.shape[1])
     gate_up = _spread(*grouped(inputs, "w1", rows, inputs.b1, claims, p.N), p.fmt)
     h = _through_activation(gate_up, p, claims)
     if scheme.a2 is None:
