@@ -82,9 +82,7 @@ def _chained(here: Inputs, operand: Quantised | None, claims: Claims) -> Mapping
     """h and y with the bound propagated from the rows that came."""
     if not here.problem.quant.quantised:
         return spreads(here, claims)
-    rows = quantised_rows(here) if operand is None else decoded(operand)
-    if operand is not None:
-        rows = replace(rows, values=rows.values[:, None])
+    rows = quantised_rows(here) if operand is None else decoded(operand).in_slots(1)
     return dict(zip(("gate_up", "h", "y"), quantised_experts(here, claims, rows), strict=True))
 
 
