@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -19,7 +21,7 @@ from moeproof.optimized.tiles import rows_per_block
 from moeproof.reference.contract import SCHEMES, Activation, Router
 from moeproof.reference.contract.schemes import Quantiser
 
-SIZES = (1, 16, 64, 256, 1024, 4096, 16384)
+SIZES = (1024, 16384, 1, 16, 64, 256, 4096)
 E, K, H, I = 128, 8, 2048, 768  # noqa: E741  (the project's letter)
 """The sizes of qwen3-30b-a3b."""
 ROUTER = Router.parse("softmax:renorm=sum")
@@ -99,10 +101,11 @@ def quantisers(T: int) -> dict[str, tuple[Callable[[], object], int]]:
     return found
 
 
-def timings(bandwidth: float) -> list[dict[str, object]]:
-    """A row for each stage and size."""
-    rows: list[dict[str, object]] = []
+def timings(bandwidth: float, until: float = math.inf) -> Iterator[dict[str, object]]:
+    """A row for each stage and size, the sizes with a target first; none begins after `until` (of time.monotonic)."""
     for T in SIZES:
+        if time.monotonic() > until:
+            return
         of, moved = calls(T)
         cuda, triton = of(CUDA), of(TRITON)
         for stage in cuda:
@@ -115,14 +118,13 @@ def timings(bandwidth: float) -> list[dict[str, object]]:
             }
             if stage in moved:
                 row["fraction_of_copy"] = round(moved[stage] / us * 1e6 / bandwidth, 3)
-            rows.append(row)
+            yield row
         if T not in (16, 1024, 16384):
             continue
         for name, (call, size) in quantisers(T).items():
             us = graph_us(call)
             fraction = round(size / us * 1e6 / bandwidth, 3)
-            rows.append({"stage": name, "M": T, "us": round(us, 2), "fraction_of_copy": fraction})
-    return rows
+            yield {"stage": name, "M": T, "us": round(us, 2), "fraction_of_copy": fraction}
 
 
 if __name__ == "__main__":
