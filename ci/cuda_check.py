@@ -33,6 +33,7 @@ from cuda_timings import copy_bandwidth, timings
 
 from moeproof.harness import modes, results
 from moeproof.harness.case import Case, parse_case
+from moeproof.harness.pairs import as_candidate
 from moeproof.harness.presets import preset
 from moeproof.harness.sample import sample
 from moeproof.harness.tiers import cases_of, preset_cases
@@ -70,7 +71,9 @@ def cases() -> list[str]:
     chosen += [parse_case(fault.case) for fault in faults.FAULTS if fault.case != faults.WIDE]
     chosen += [Case(replace(preset("qwen3-30b-a3b"), T=t)) for t in (1, 2048)]
     lines = list(dict.fromkeys(str(case) for case in chosen))
-    return [line for line in lines if any(c.supports(parse_case(line).problem) is None for c in candidates())]
+    return [
+        line for line in lines if any(c.supports(parse_case(line).problem) is None for c in map(as_candidate, candidates()))
+    ]
 
 
 class Check:
@@ -132,19 +135,20 @@ class Check:
         return {"cases": len(lines), "lost": sum("lost" in row for row in found)} | counts | {"each": verdicts}
 
     def faults(self) -> dict[str, object]:
-        found = self.run([functools.partial(jobs.hunt, f.name) for f in faults.FAULTS], self.share(0.55), fresh=True)
+        work = [functools.partial(jobs.hunt, fault.name) for fault in faults.FAULTS if fault.judged]
+        found = self.run(work, self.share(0.55), fresh=True)
         return {"planted": len(found), "caught": sum(bool(f.get("caught")) for f in found), "each": found}
 
     def watch(self) -> list[Future[dict[str, object]]]:
         """Begin with the sanitizer's tools: each takes one core and long, so they go beside other parts."""
-        seconds = self.share(0.7) - time.monotonic()
+        seconds, cases = self.share(0.8) - time.monotonic(), len(sanitizer.CASES[:: self.thin])
         pool = ThreadPoolExecutor(len(sanitizer.WATCHED))
-        return [pool.submit(sanitizer.sanitize, *job, len(sanitizer.CASES[:: self.thin]), seconds) for job in sanitizer.WATCHED]
+        return [pool.submit(sanitizer.sanitize, *job, cases, seconds) for job in sanitizer.WATCHED]
 
     def sanitizer(self) -> dict[str, object]:
         found = [future.result() for future in self.watching or self.watch()]
         for row in found:
-            if row["errors"] is None or (row["errors"] != 0) != bool(row["fault"]):
+            if not sanitizer.well(row):
                 self.note(row)
         return {"each": found}
 

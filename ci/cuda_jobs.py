@@ -21,10 +21,11 @@ from moeproof.harness import modes
 from moeproof.harness.case import parse_case
 from moeproof.harness.inputs import make_inputs
 from moeproof.harness.judge import judge
+from moeproof.harness.pairs import as_candidate
 from moeproof.harness.verdict import Outcome, Verdict
 from moeproof.optimized.cuda import toolkit
 from moeproof.optimized.cuda.build import build_all
-from moeproof.optimized.cuda.candidates import MIXES, candidates
+from moeproof.optimized.cuda.candidates import candidates
 from moeproof.reference.contract import Candidate
 
 Row = dict[str, object]
@@ -32,7 +33,7 @@ FINE = (Outcome.PASS, Outcome.UNSUPPORTED)
 
 
 def by_name(name: str) -> Candidate:
-    return next(c for c in candidates() if c.name == name)
+    return as_candidate(next(c for c in candidates() if c.name == name))
 
 
 def _facts(verdict: Verdict) -> Row:
@@ -60,7 +61,8 @@ def history(name: str) -> Row:
     """Graph replay with changed inputs, and a side stream: bits as in a plain call."""
     modes.choose("device")
     run = by_name(name).run
-    scheme = "none" if name in MIXES else "fp8_block"
+    plain = by_name(name).supports(parse_case("T=64,H=512,I=256,E=32,K=4").problem) is None
+    scheme = "none" if plain else "fp8_token"
     lines = (f"T=64,H=512,I=256,E=32,K=4,scheme={scheme},seed={seed}" for seed in (1, 2))
     first, second = (make_inputs(parse_case(line), "cuda") for line in lines)
     wanted = [{n: t.clone() for n, t in run(given).items()} for given in (first, second)]  # type: ignore[union-attr]

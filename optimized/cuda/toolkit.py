@@ -21,6 +21,7 @@ SOURCES = Path(__file__).parent
 STAGES = {
     "router": "ROUTE",
     "align": "PERMUTE",
+    "dispatch": "DISPATCH on one rank, and zeros for dead slots",
     "rows": "gather and scatter around a grouped product",
     "activation": "ACT",
     "combine": "COMBINE",

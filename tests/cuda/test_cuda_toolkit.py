@@ -150,6 +150,8 @@ def test_signatures_are_read_from_the_sources() -> None:
         "moeproof_route",
         "moeproof_align",
         "moeproof_align_chunk",
+        "moeproof_move",
+        "moeproof_clear",
         "moeproof_rows",
         "moeproof_ends",
         "moeproof_activate",
