@@ -1,0 +1,266 @@
+"""The host's side of a rank's exchange: arenas, launches, and in words what kernels found wrong. Nothing here waits for a GPU.
+
+One exchange serves one layer call after the other on one stream. What went wrong on the device is known to the host when it
+looks: in `settle`, which waits, or when the next call begins.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from moeproof.optimized.symm.combine import _add_up, _put_sums
+from moeproof.optimized.symm.dispatch import _dispatch
+from moeproof.optimized.symm.layout import NOTICE, TEXT, Layout
+from moeproof.optimized.symm.memory import allocate
+from moeproof.optimized.symm.signals import STATE, Code
+from moeproof.optimized.tiles import interpreted, processors
+from moeproof.reference.contract.agreement import agree
+from moeproof.reference.contract.errors import ContractError, check
+from moeproof.reference.contract.link import Link
+
+Tensor = torch.Tensor
+MEETINGS = ("rows (dispatch)", "sums (combine)")
+PATIENCE = 20.0
+"""Seconds for which a kernel waits for another rank's signal: as much as ranks may be apart, compilers included."""
+LOOKS = 15_000
+"""Looks at a signal in a second of the interpreter, about."""
+PUT_BLOCK = 4096
+"""Words of a row that one program holds."""
+SUM_BLOCK = 1024
+WORDS = ((torch.int32, tl.int32), (torch.int16, tl.int16), (torch.uint8, tl.uint8))
+
+
+@dataclass(frozen=True)
+class Received:
+    """What this rank holds after a dispatch: R regions of `most` rows. Valid until the call's combine: then peers may write."""
+
+    rows: Tensor
+    """(R * most, columns)."""
+    scales: Tensor | None
+    ids: Tensor
+    """int32 (R * most, K): -1 wherever the expert is not here, and throughout rows that did not come."""
+    weights: Tensor
+    """float32 (R * most, K)."""
+    counts: Tensor
+    """int32 (e,): pairs of each local expert."""
+
+
+class Exchange:
+    """Collective: all ranks make theirs together, with the same layout. `facts` must agree as well."""
+
+    def __init__(self, link: Link, layout: Layout, facts: dict[str, object], patience: float = PATIENCE) -> None:
+        self.link, self.layout, self.patience = link, layout, patience
+        grid, device, p = layout.grid, link.device, layout.payload
+        shared = {"call": "symmetric exchange", "placement": grid, "payload": p, "most rows": layout.most, **facts}
+        check(
+            link.size == grid.ranks, f"the placement is for {grid.ranks} ranks, the group has {link.size}; they must be equal"
+        )
+        agree(link, shared, None)
+        self.arenas = allocate(link, layout.nbytes)
+        self.own = self.arenas[link.rank]
+        self._words, self._row_words = _words(p.row_bytes)
+        self._scale_words, self._scales_words = _words(p.scale_bytes)
+        local = [[*grid.local(rank)] for rank in range(grid.ranks)]
+        padded = [experts + [-1] * (layout.local - len(experts)) for experts in local]
+        self._group_of = grid.group_of().to(device, torch.int32)
+        self._local_experts = torch.tensor(padded, dtype=torch.int32, device=device)
+        self._num_local = len(local[link.rank])
+        self.state = torch.zeros(STATE, dtype=torch.int32, device=device)
+        self.state[0] = 1
+        self._tally = torch.zeros(grid.experts, dtype=torch.int32, device=device)
+        self._going = torch.zeros(layout.most, dtype=torch.int64, device=device)
+        # Kernels write into the host's memory, so that looking at it costs no synchronisation.
+        self.notice = torch.zeros(4, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self.tokens: int | None = None
+        """Tokens of the call between dispatch and combine."""
+        self._lost = ""
+        """Why this exchange can serve no further call."""
+        self._load_kernels()
+        # All have cleared their arenas and loaded their kernels: from here on they may meet inside kernels.
+        agree(link, shared, None)
+
+    # Launches.
+
+    @property
+    def _limit(self) -> int:
+        return int(self.patience * (LOOKS if interpreted() else 1e6))
+
+    def _load_kernels(self) -> None:
+        """A kernel that is loaded while another one spins may have to wait for it: so all are loaded before any spins."""
+        p, device = self.layout.payload, self.link.device
+        rows = torch.empty(1, p.columns, dtype=p.dtype, device=device)
+        scales = torch.empty(1, p.scale_columns, dtype=p.scale_dtype, device=device) if p.scale_columns else None
+        ids = torch.empty(1, p.slots, dtype=torch.int32, device=device)
+        weights = torch.empty(1, p.slots, device=device)
+        y = torch.empty(1, p.hidden, dtype=p.dtype if p.dtype.itemsize > 1 else torch.bfloat16, device=device)
+        self._launch_dispatch(rows, scales, ids, weights, 0, refused=False, dry=True)
+        for places in (None, ids):
+            for weighted in (True, False) if p.slots == 1 else (True,):
+                self._launch_sums(y, places, ids, weights, weighted, refused=False, dry=True)
+        self._launch_add(y, dry=True)
+
+    def _launch_dispatch(
+        self, rows: Tensor, scales: Tensor | None, ids: Tensor, weights: Tensor, tokens: int, refused: bool, dry: bool = False
+    ) -> Tensor:
+        lay, p, grid = self.layout, self.layout.payload, self.layout.grid
+        counts = torch.empty(lay.local, dtype=torch.int32, device=self.link.device)
+        fill = 1024
+        work = max(tokens, triton.cdiv((lay.most - tokens) * p.slots, fill), 1)
+        programs = 1 if dry else min(work, 2 * processors(self.link.device))
+        row_words = rows.view(self._words[0])
+        scale_words = None if scales is None else scales.view(self._scale_words[0])
+        _dispatch[(programs,)](
+            self.arenas, self.own, row_words, scale_words, ids, weights, self._group_of, self._local_experts, self._going,
+            self._tally, counts, self.state, self.notice, *self._at("signals", "notices", "tokens", "counts", "ids"),
+            *self._at("weights", "scales", "rows"), tokens, lay.most, p.slots, grid.experts, lay.local, self._row_words,
+            self._scales_words, row_words.stride(0), 0 if scale_words is None else scale_words.stride(0), *ids.stride(),
+            *weights.stride(), self.link.rank, int(refused), self._limit, int(dry),
+            RANKS=grid.ranks, TP=grid.tp, SLOTS=triton.next_power_of_2(p.slots),
+            EXPERTS=triton.next_power_of_2(lay.local), WORD=self._words[1], SCALE_WORD=self._scale_words[1],
+            BLOCK=min(triton.next_power_of_2(self._row_words), PUT_BLOCK),
+            SCALE_BLOCK=min(triton.next_power_of_2(max(self._scales_words, 1)), PUT_BLOCK),
+            FILL=fill, CLOCK=not interpreted(), num_warps=8,
+        )  # fmt: skip
+        return counts[: self._num_local]
+
+    def _launch_sums(
+        self, y: Tensor, places: Tensor | None, ids: Tensor, weights: Tensor, weighted: bool, refused: bool, dry: bool = False
+    ) -> None:
+        lay, p, grid = self.layout, self.layout.payload, self.layout.grid
+        programs = 1 if dry or refused else min(lay.rows, 2 * processors(self.link.device))
+        _put_sums[(programs,)](
+            self.arenas, self.own, y, places, ids, weights, self.state, self.notice,
+            *self._at("signals", "notices", "tokens", "parts"), lay.most, p.hidden, y.stride(0), self.link.rank, int(refused),
+            self._limit, int(dry), K=p.slots, WEIGHTED=weighted, RANKS=grid.ranks,
+            BLOCK=min(triton.next_power_of_2(p.hidden), SUM_BLOCK), CLOCK=not interpreted(), num_warps=4,
+        )  # fmt: skip
+
+    def _launch_add(self, output: Tensor, dry: bool = False) -> None:
+        lay, p = self.layout, self.layout.payload
+        block = min(triton.next_power_of_2(p.hidden), SUM_BLOCK)
+        _add_up[(output.size(0), triton.cdiv(p.hidden, block))](
+            self.own, self._going, output, self.state, *self._at("parts"), lay.most, p.hidden, *output.stride(), int(dry),
+            RANKS=lay.grid.ranks, BLOCK=block, num_warps=4,
+        )  # fmt: skip
+
+    def _at(self, *names: str) -> tuple[int, ...]:
+        return tuple(self.layout.offset(name) for name in names)
+
+    # Calls.
+
+    def dispatch(self, rows: Tensor, scales: Tensor | None, ids: Tensor, weights: Tensor) -> Received:
+        """Rows (T, columns) and their scales, with ids and weights (T, K), to the ranks of their experts; what came here.
+
+        Raises what the last call left to be said, and releases the other ranks.
+        """
+        self._check_usable()
+        if self.tokens is not None:
+            raise self.fail("a dispatch before the combine of the last one")
+        if reason := self._heard():
+            raise self.fail(reason)
+        counts = self._launch_dispatch(rows, scales, ids, weights, rows.size(0), refused=False)
+        self.tokens = rows.size(0)
+        lay = self.layout
+        there = [lay.view(self.own, name) for name in ("rows", "ids", "weights")]
+        return Received(there[0], lay.view(self.own, "scales") if scales is not None else None, there[1], there[2], counts)
+
+    def combine(
+        self, output: Tensor, y: Tensor, ids: Tensor, weights: Tensor, weighted: bool, places: Tensor | None = None
+    ) -> None:
+        """output (T, hidden) = sums over ranks of the sums over slots of w * y. Slot s of row i is i * K + s.
+
+        y (n, hidden): row = slot, live where ids (R * most, K) >= 0; with `places` (R * most * K,) row = places[slot], live
+        where that is >= 0. ids and weights are contiguous.
+        """
+        self.check_begun()
+        tokens, self.tokens = self.tokens, None
+        self._launch_sums(y, places, ids, weights, weighted, refused=False)
+        if tokens:
+            self._launch_add(output)
+
+    def check_begun(self) -> None:
+        """Refuse a combine without a dispatch before it: no rank waits for that one."""
+        self._check_usable()
+        check(self.tokens is not None, "finalize without a prepare before it")
+
+    def _check_usable(self) -> None:
+        check(not self._lost, f"this exchange cannot go on: {self._lost}")
+
+    # What goes wrong.
+
+    def withdraw(self, reason: str) -> None:
+        """Join the rest of this call's meetings with empty hands, and let the others know why."""
+        if self._lost:
+            return
+        p, device = self.layout.payload, self.link.device
+        words = torch.zeros(NOTICE, dtype=torch.int32)
+        words[0] = int(Code.REFUSED)
+        text = reason.encode()[: 4 * (NOTICE - TEXT)]
+        words[TEXT:] = torch.frombuffer(bytearray(text.ljust(4 * (NOTICE - TEXT), b"\0")), dtype=torch.int32)
+        self.layout.view(self.own, "notices")[self.link.rank].copy_(words)
+        ids = torch.empty(1, p.slots, dtype=torch.int32, device=device)
+        weights = torch.empty(1, p.slots, device=device)
+        if self.tokens is None:
+            rows = torch.empty(1, p.columns, dtype=p.dtype, device=device)
+            scales = torch.empty(1, p.scale_columns, dtype=p.scale_dtype, device=device) if p.scale_columns else None
+            self._launch_dispatch(rows, scales, ids, weights, 0, refused=True)
+        self.tokens = None
+        y = torch.empty(1, p.hidden, dtype=p.dtype if p.dtype.itemsize > 1 else torch.bfloat16, device=device)
+        self._launch_sums(y, None, ids, weights, weighted=True, refused=True)
+
+    def fail(self, reason: str) -> ContractError:
+        """To be raised where this rank alone finds that something is wrong."""
+        self.withdraw(reason)
+        return ContractError(reason)
+
+    def settle(self) -> None:
+        """Wait for the device, and raise ContractError where the last call failed on it."""
+        if self.link.device.type == "cuda":
+            torch.cuda.synchronize(self.link.device)
+        if reason := self._heard():
+            raise ContractError(reason)
+
+    def _heard(self) -> str:
+        """What the kernels wrote down since the last look, in words; empty where all is well."""
+        code, first, second, call = self.notice.tolist()
+        if code == Code.FINE:
+            return ""
+        self.notice.zero_()
+        me = self.link.rank
+        if code == Code.LATE:
+            self._lost = _late(me, first, second, call, self.patience)
+            return self._lost
+        if code == Code.FULL:
+            return _full(self.layout, me, first, second)
+        notice = self.layout.view(self.own, "notices")[first].cpu()
+        return f"rank {first} refused: {_words_of(self.layout, first, notice, call, self.patience)} (this call has no result)"
+
+
+def _late(me: int, rank: int, meeting: int, call: int, patience: float) -> str:
+    what = MEETINGS[meeting]
+    return f"rank {me} waited {patience:g} s for the {what} of rank {rank} in call {call}: it is late, stopped or gone"
+
+
+def _full(layout: Layout, rank: int, local: int, rows: int) -> str:
+    expert = layout.grid.local(rank)[local]
+    return f"expert {expert} gets {rows} rows, more than its region of the batched layout holds"
+
+
+def _words_of(layout: Layout, rank: int, notice: Tensor, call: int, patience: float) -> str:
+    """Another rank's notice in words."""
+    code, first, second, _ = notice[:TEXT].tolist()
+    if code == Code.LATE:
+        return _late(rank, first, second, call, patience)
+    if code == Code.FULL:
+        return _full(layout, rank, first, second)
+    return notice[TEXT:].numpy().tobytes().rstrip(b"\0").decode(errors="replace")
+
+
+def _words(nbytes: int) -> tuple[tuple[torch.dtype, tl.dtype], int]:
+    """(the widest integers, for torch and for Triton, that a row of so many bytes is made of; how many)."""
+    word = next(w for w in WORDS if nbytes % w[0].itemsize == 0)
+    return word, nbytes // word[0].itemsize
