@@ -13,7 +13,8 @@ from moeproof.reference.contract.world import World
 
 def _payload(inputs: Inputs) -> Payload:
     p = inputs.problem
-    return Payload(p.H, inputs.topk_ids.size(1), inputs.hidden_states.dtype, p.H)
+    dtype = inputs.hidden_states.dtype
+    return Payload(p.H, inputs.topk_ids.size(1), dtype, p.H, returned=dtype)
 
 
 def _standard(inputs: Inputs, world: World, link: Link) -> SymmStandardPrepareFinalize:

@@ -18,10 +18,10 @@ SUMS_COME_BACK = tl.constexpr(1)
 """The second meeting of a call."""
 
 
-@triton.jit(do_not_specialize=("refused", "limit", "dry"))
+@triton.jit(do_not_specialize=("me", "refused", "limit", "dry"))
 def _put_sums(
-    arenas, own, y, places, ids, weights, state, notice, at_signals, at_notices, at_tokens, at_parts,
-    most, H, stride_y, me, refused, limit, dry,
+    arenas, own, state, notice, at_signals, at_notices, at_tokens, at_parts, most, H, me,
+    y, places, ids, weights, stride_y, refused, limit, dry,
     K: tl.constexpr, WEIGHTED: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr, CLOCK: tl.constexpr,
 ):  # fmt: skip
     """y row of slot s: s itself where its id is live, or places[s] where `places` is given (-1 = none)."""
@@ -60,9 +60,7 @@ def _put_sums(
 
 
 @triton.jit(do_not_specialize=("dry",))
-def _add_up(
-    own, going_T, out, state, at_parts, most, H, stride_t, stride_h, dry, RANKS: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+def _add_up(own, state, going_T, at_parts, most, H, out, stride_t, stride_h, dry, RANKS: tl.constexpr, BLOCK: tl.constexpr):
     """out = the sums of the ranks that the token went to; NaN where the call failed, so that nobody takes it for a result."""
     if dry != 0:
         return

@@ -20,23 +20,24 @@ ROWS_GO_OUT = tl.constexpr(0)
 
 
 @triton.jit
-def _put_row(arenas, source, offset, at, bytes_or_words, going, WORD: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr):
-    """One row of words to the ranks whose bit is set in `going`, at word `at` of the field there."""
-    for first in range(0, bytes_or_words, BLOCK):
+def _put_row(arenas, source, offset, at, words, going, WORD: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr):
+    """One row of `words` to the ranks whose bit is set in `going`, at word `at` of the field there."""
+    for first in range(0, words, BLOCK):
         word = first + tl.arange(0, BLOCK)
-        inside = word < bytes_or_words
+        inside = word < words
         row = tl.load(source + word, mask=inside)
         for r in tl.static_range(RANKS):
             there = ((going >> r) & 1) != 0
             tl.store(field(arenas[r], offset, WORD) + at + word, row, mask=inside & there)
 
 
-@triton.jit(do_not_specialize=("T", "refused", "limit", "dry"))
+@triton.jit(do_not_specialize=("me", "T", "refused", "limit", "dry"))
 def _dispatch(
-    arenas, own, rows, scales, ids, weights, group_of, local_experts, going_T, tally, counts, state, notice,
+    arenas, own, state, notice, group_of, local_experts, going_T, tally,
     at_signals, at_notices, at_tokens, at_counts, at_ids, at_weights, at_scales, at_rows,
-    T, most, K, E, LOCAL, row_words, scale_words, stride_row, stride_scale, stride_id, stride_idk, stride_w, stride_wk,
-    me, refused, limit, dry,
+    most, K, E, LOCAL, row_words, scale_words, me,
+    rows, scales, ids, weights, counts, stride_row, stride_scale, stride_id, stride_idk, stride_w, stride_wk,
+    T, refused, limit, dry,
     RANKS: tl.constexpr, TP: tl.constexpr, SLOTS: tl.constexpr, EXPERTS: tl.constexpr, WORD: tl.constexpr,
     SCALE_WORD: tl.constexpr, BLOCK: tl.constexpr, SCALE_BLOCK: tl.constexpr, FILL: tl.constexpr, CLOCK: tl.constexpr,
 ):  # fmt: skip

@@ -31,6 +31,8 @@ LOOKS = 15_000
 PUT_BLOCK = 4096
 """Words of a row that one program holds."""
 SUM_BLOCK = 1024
+FILL = 1024
+"""Ids of absent tokens that one program clears at once."""
 WORDS = ((torch.int32, tl.int32), (torch.int16, tl.int16), (torch.uint8, tl.uint8))
 
 
@@ -54,101 +56,122 @@ class Exchange:
 
     def __init__(self, link: Link, layout: Layout, facts: dict[str, object], patience: float = PATIENCE) -> None:
         self.link, self.layout, self.patience = link, layout, patience
-        grid, device, p = layout.grid, link.device, layout.payload
-        shared = {"call": "symmetric exchange", "placement": grid, "payload": p, "most rows": layout.most, **facts}
-        check(
-            link.size == grid.ranks, f"the placement is for {grid.ranks} ranks, the group has {link.size}; they must be equal"
-        )
+        grid = layout.grid
+        shared = {"call": "symmetric exchange", "placement": grid, "payload": layout.payload, "most": layout.most, **facts}
+        check(link.size == grid.ranks, f"the placement is for {grid.ranks} ranks, the group has {link.size}")
         agree(link, shared, None)
         self.arenas = allocate(link, layout.nbytes)
         self.own = self.arenas[link.rank]
-        self._words, self._row_words = _words(p.row_bytes)
-        self._scale_words, self._scales_words = _words(p.scale_bytes)
-        local = [[*grid.local(rank)] for rank in range(grid.ranks)]
-        padded = [experts + [-1] * (layout.local - len(experts)) for experts in local]
-        self._group_of = grid.group_of().to(device, torch.int32)
-        self._local_experts = torch.tensor(padded, dtype=torch.int32, device=device)
-        self._num_local = len(local[link.rank])
-        self.state = torch.zeros(STATE, dtype=torch.int32, device=device)
+        self.state = torch.zeros(STATE, dtype=torch.int32, device=link.device)
         self.state[0] = 1
-        self._tally = torch.zeros(grid.experts, dtype=torch.int32, device=device)
-        self._going = torch.zeros(layout.most, dtype=torch.int64, device=device)
         # Kernels write into the host's memory, so that looking at it costs no synchronisation.
-        self.notice = torch.zeros(4, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self.notice = torch.zeros(4, dtype=torch.int32, pin_memory=link.device.type == "cuda")
         self.tokens: int | None = None
         """Tokens of the call between dispatch and combine."""
         self._lost = ""
         """Why this exchange can serve no further call."""
+        self._there = {name: layout.view(self.own, name) for name in ("rows", "scales", "ids", "weights")}
+        self._programs = 2 * processors(link.device)
+        self._prepare_launches()
         self._load_kernels()
         # All have cleared their arenas and loaded their kernels: from here on they may meet inside kernels.
         agree(link, shared, None)
 
     # Launches.
 
+    def _prepare_launches(self) -> None:
+        """What is the same in every call, worked out once: at few tokens the host's own time counts."""
+        lay, p, grid, device, me = self.layout, self.layout.payload, self.layout.grid, self.link.device, self.link.rank
+        (self._row_view, row_word), row_words = _words(p.row_bytes)
+        (self._scale_view, scale_word), scale_words = _words(p.scale_bytes)
+        local = [[*grid.local(rank)] for rank in range(grid.ranks)]
+        padded = torch.tensor([experts + [-1] * (lay.local - len(experts)) for experts in local], dtype=torch.int32)
+        group_of = grid.group_of().to(device, torch.int32)
+        tally = torch.zeros(grid.experts, dtype=torch.int32, device=device)
+        going = torch.zeros(lay.most, dtype=torch.int64, device=device)
+        common = (self.arenas, self.own, self.state, self.notice)
+        self._num_local = len(local[me])
+        self._dispatch_arguments = (
+            *(*common, group_of, padded.to(device), going, tally),
+            *self._at("signals", "notices", "tokens", "counts", "ids", "weights", "scales", "rows"),
+            *(lay.most, p.slots, grid.experts, lay.local, row_words, scale_words, me),
+        )
+        power = triton.next_power_of_2
+        meeting = {"RANKS": grid.ranks, "CLOCK": not interpreted()}
+        self._dispatch_options = {
+            **meeting,
+            "TP": grid.tp,
+            "SLOTS": power(p.slots),
+            "EXPERTS": power(lay.local),
+            "WORD": row_word,
+            "SCALE_WORD": scale_word,
+            "BLOCK": min(power(row_words), PUT_BLOCK),
+            "SCALE_BLOCK": min(power(max(scale_words, 1)), PUT_BLOCK),
+            "FILL": FILL,
+            "num_warps": 8,
+        }
+        self._sums_arguments = (*common, *self._at("signals", "notices", "tokens", "parts"), lay.most, p.hidden, me)
+        block = min(power(p.hidden), SUM_BLOCK)
+        self._sums_options = {**meeting, "K": p.slots, "BLOCK": block, "num_warps": 4}
+        self._add_arguments = (self.own, self.state, going, *self._at("parts"), lay.most, p.hidden)
+        self._add_options = {"RANKS": grid.ranks, "BLOCK": block, "num_warps": 4}
+        self._add_blocks = -(-p.hidden // block)
+
+    def _at(self, *names: str) -> tuple[int, ...]:
+        return tuple(self.layout.offset(name) for name in names)
+
     @property
     def _limit(self) -> int:
         return int(self.patience * (LOOKS if interpreted() else 1e6))
 
+    def _nothing(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+        """(rows, scales, ids, weights, y) for a launch that looks at none of them."""
+        p, device = self.layout.payload, self.link.device
+        scales = torch.empty(1, p.scale_columns, dtype=p.scale_dtype, device=device) if p.scale_columns else None
+        return (
+            torch.empty(1, p.columns, dtype=p.dtype, device=device),
+            scales,
+            torch.empty(1, p.slots, dtype=torch.int32, device=device),
+            torch.empty(1, p.slots, device=device),
+            torch.empty(1, p.hidden, dtype=p.returned, device=device),
+        )
+
     def _load_kernels(self) -> None:
         """A kernel that is loaded while another one spins may have to wait for it: so all are loaded before any spins."""
-        p, device = self.layout.payload, self.link.device
-        rows = torch.empty(1, p.columns, dtype=p.dtype, device=device)
-        scales = torch.empty(1, p.scale_columns, dtype=p.scale_dtype, device=device) if p.scale_columns else None
-        ids = torch.empty(1, p.slots, dtype=torch.int32, device=device)
-        weights = torch.empty(1, p.slots, device=device)
-        y = torch.empty(1, p.hidden, dtype=p.dtype if p.dtype.itemsize > 1 else torch.bfloat16, device=device)
+        rows, scales, ids, weights, y = self._nothing()
         self._launch_dispatch(rows, scales, ids, weights, 0, refused=False, dry=True)
         for places in (None, ids):
-            for weighted in (True, False) if p.slots == 1 else (True,):
+            for weighted in (True, False) if self.layout.payload.slots == 1 else (True,):
                 self._launch_sums(y, places, ids, weights, weighted, refused=False, dry=True)
         self._launch_add(y, dry=True)
 
     def _launch_dispatch(
         self, rows: Tensor, scales: Tensor | None, ids: Tensor, weights: Tensor, tokens: int, refused: bool, dry: bool = False
     ) -> Tensor:
-        lay, p, grid = self.layout, self.layout.payload, self.layout.grid
+        lay = self.layout
         counts = torch.empty(lay.local, dtype=torch.int32, device=self.link.device)
-        fill = 1024
-        work = max(tokens, triton.cdiv((lay.most - tokens) * p.slots, fill), 1)
-        programs = 1 if dry else min(work, 2 * processors(self.link.device))
-        row_words = rows.view(self._words[0])
-        scale_words = None if scales is None else scales.view(self._scale_words[0])
-        _dispatch[(programs,)](
-            self.arenas, self.own, row_words, scale_words, ids, weights, self._group_of, self._local_experts, self._going,
-            self._tally, counts, self.state, self.notice, *self._at("signals", "notices", "tokens", "counts", "ids"),
-            *self._at("weights", "scales", "rows"), tokens, lay.most, p.slots, grid.experts, lay.local, self._row_words,
-            self._scales_words, row_words.stride(0), 0 if scale_words is None else scale_words.stride(0), *ids.stride(),
-            *weights.stride(), self.link.rank, int(refused), self._limit, int(dry),
-            RANKS=grid.ranks, TP=grid.tp, SLOTS=triton.next_power_of_2(p.slots),
-            EXPERTS=triton.next_power_of_2(lay.local), WORD=self._words[1], SCALE_WORD=self._scale_words[1],
-            BLOCK=min(triton.next_power_of_2(self._row_words), PUT_BLOCK),
-            SCALE_BLOCK=min(triton.next_power_of_2(max(self._scales_words, 1)), PUT_BLOCK),
-            FILL=fill, CLOCK=not interpreted(), num_warps=8,
+        work = max(tokens, -(-(lay.most - tokens) * lay.payload.slots // FILL), 1)
+        row_words, scale_words = rows.view(self._row_view), None if scales is None else scales.view(self._scale_view)
+        strides = (row_words.stride(0), 0 if scale_words is None else scale_words.stride(0), *ids.stride(), *weights.stride())
+        _dispatch[(1 if dry else min(work, self._programs),)](
+            *self._dispatch_arguments, row_words, scale_words, ids, weights, counts, *strides,
+            tokens, int(refused), self._limit, int(dry), **self._dispatch_options,
         )  # fmt: skip
         return counts[: self._num_local]
 
     def _launch_sums(
         self, y: Tensor, places: Tensor | None, ids: Tensor, weights: Tensor, weighted: bool, refused: bool, dry: bool = False
     ) -> None:
-        lay, p, grid = self.layout, self.layout.payload, self.layout.grid
-        programs = 1 if dry or refused else min(lay.rows, 2 * processors(self.link.device))
+        programs = 1 if dry or refused else min(self.layout.rows, self._programs)
         _put_sums[(programs,)](
-            self.arenas, self.own, y, places, ids, weights, self.state, self.notice,
-            *self._at("signals", "notices", "tokens", "parts"), lay.most, p.hidden, y.stride(0), self.link.rank, int(refused),
-            self._limit, int(dry), K=p.slots, WEIGHTED=weighted, RANKS=grid.ranks,
-            BLOCK=min(triton.next_power_of_2(p.hidden), SUM_BLOCK), CLOCK=not interpreted(), num_warps=4,
+            *self._sums_arguments, y, places, ids, weights, y.stride(0), int(refused), self._limit, int(dry),
+            WEIGHTED=weighted, **self._sums_options,
         )  # fmt: skip
 
     def _launch_add(self, output: Tensor, dry: bool = False) -> None:
-        lay, p = self.layout, self.layout.payload
-        block = min(triton.next_power_of_2(p.hidden), SUM_BLOCK)
-        _add_up[(output.size(0), triton.cdiv(p.hidden, block))](
-            self.own, self._going, output, self.state, *self._at("parts"), lay.most, p.hidden, *output.stride(), int(dry),
-            RANKS=lay.grid.ranks, BLOCK=block, num_warps=4,
-        )  # fmt: skip
-
-    def _at(self, *names: str) -> tuple[int, ...]:
-        return tuple(self.layout.offset(name) for name in names)
+        _add_up[(output.size(0), self._add_blocks)](
+            *self._add_arguments, output, *output.stride(), int(dry), **self._add_options
+        )
 
     # Calls.
 
@@ -164,9 +187,8 @@ class Exchange:
             raise self.fail(reason)
         counts = self._launch_dispatch(rows, scales, ids, weights, rows.size(0), refused=False)
         self.tokens = rows.size(0)
-        lay = self.layout
-        there = [lay.view(self.own, name) for name in ("rows", "ids", "weights")]
-        return Received(there[0], lay.view(self.own, "scales") if scales is not None else None, there[1], there[2], counts)
+        there = self._there
+        return Received(there["rows"], None if scales is None else there["scales"], there["ids"], there["weights"], counts)
 
     def combine(
         self, output: Tensor, y: Tensor, ids: Tensor, weights: Tensor, weighted: bool, places: Tensor | None = None
@@ -196,20 +218,15 @@ class Exchange:
         """Join the rest of this call's meetings with empty hands, and let the others know why."""
         if self._lost:
             return
-        p, device = self.layout.payload, self.link.device
         words = torch.zeros(NOTICE, dtype=torch.int32)
         words[0] = int(Code.REFUSED)
         text = reason.encode()[: 4 * (NOTICE - TEXT)]
         words[TEXT:] = torch.frombuffer(bytearray(text.ljust(4 * (NOTICE - TEXT), b"\0")), dtype=torch.int32)
         self.layout.view(self.own, "notices")[self.link.rank].copy_(words)
-        ids = torch.empty(1, p.slots, dtype=torch.int32, device=device)
-        weights = torch.empty(1, p.slots, device=device)
+        rows, scales, ids, weights, y = self._nothing()
         if self.tokens is None:
-            rows = torch.empty(1, p.columns, dtype=p.dtype, device=device)
-            scales = torch.empty(1, p.scale_columns, dtype=p.scale_dtype, device=device) if p.scale_columns else None
             self._launch_dispatch(rows, scales, ids, weights, 0, refused=True)
         self.tokens = None
-        y = torch.empty(1, p.hidden, dtype=p.dtype if p.dtype.itemsize > 1 else torch.bfloat16, device=device)
         self._launch_sums(y, None, ids, weights, weighted=True, refused=True)
 
     def fail(self, reason: str) -> ContractError:

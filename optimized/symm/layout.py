@@ -29,6 +29,8 @@ class Payload:
     scale_dtype: torch.dtype = torch.float32
     scale_columns: int = 0
     """0: rows without scales."""
+    returned: torch.dtype = torch.bfloat16
+    """Of what the experts return."""
 
     @property
     def row_bytes(self) -> int:

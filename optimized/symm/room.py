@@ -13,7 +13,7 @@ from moeproof.optimized.symm.exchange import Exchange
 from moeproof.optimized.symm.signals import FAILED, FINE, FULL, tell
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("me",))
 def _check_room(own, counts, state, notice, at_notices, num_local, max_rows, me, EXPERTS: tl.constexpr):
     e = tl.arange(0, EXPERTS)
     count = tl.load(counts + e, mask=e < num_local, other=0)

@@ -113,16 +113,16 @@ def test_an_expert_without_room_fails_the_call_on_all_ranks(pools: dict[int, Ran
     run = pools[2].run(functions.once, "symm-batched", line_for("symm-batched", 2, "routing=hot,capacity=8"))
 
     assert run.ok, run
-    words = "expert 0 gets 9 rows, more than its region of the batched layout holds"
+    words = "expert 3 gets 9 rows, more than its region of the batched layout holds"
     assert run.results == (words, f"rank 0 refused: {words} (this call has no result)")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_rank_that_stays_away_is_named(pools: dict[int, RankPool], name: str) -> None:
-    run = pools[2].run(functions.silent, name, line_for(name, 2), 0.5)
+    run = pools[2].run(functions.silent, name, line_for(name, 2), 0.1)
 
     assert run.ok, run
     texts, _ = run.results[0]
     assert texts[0] == ""
-    assert texts[1] == "rank 0 waited 0.5 s for the rows (dispatch) of rank 1 in call 2: it is late, stopped or gone"
+    assert texts[1] == "rank 0 waited 0.1 s for the rows (dispatch) of rank 1 in call 2: it is late, stopped or gone"
     assert texts[2] == f"this exchange cannot go on: {texts[1]}"
