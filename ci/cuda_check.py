@@ -31,13 +31,14 @@ import cuda_faults as faults
 import cuda_strides as strides
 from cuda_timings import copy_bandwidth, timings
 
-from moeproof.harness import modes, results
-from moeproof.harness.case import Case, parse_case
-from moeproof.harness.inputs import make_inputs
-from moeproof.harness.judge import judge
-from moeproof.harness.presets import preset
-from moeproof.harness.sample import sample
-from moeproof.harness.tiers import cases_of, preset_cases
+from moeproof.harness import modes
+from moeproof.harness.cases.case import Case, parse_case
+from moeproof.harness.cases.inputs import make_inputs
+from moeproof.harness.cases.presets import preset
+from moeproof.harness.cases.sample import sample
+from moeproof.harness.cases.tiers import cases_of, preset_cases
+from moeproof.harness.judging.judge import judge
+from moeproof.harness.reports import results
 from moeproof.harness.verdict import Outcome
 from moeproof.optimized.cuda import toolkit
 from moeproof.optimized.cuda.build import build_all

@@ -29,8 +29,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 import torch.distributed as dist
 
-from moeproof.harness import results
 from moeproof.harness.ranks import Ending, RankContext, RankPool
+from moeproof.harness.reports import results
 
 DEADLINE = 3.0
 MARGIN = 2.0

@@ -12,10 +12,10 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from moeproof.harness.compare import compare
-from moeproof.harness.rank_tags import DIGITS, check_delivery, identities, tag
+from moeproof.harness.judging.compare import compare
 from moeproof.harness.ranks.bench_load import Load
 from moeproof.harness.ranks.context import RankContext
+from moeproof.harness.ranks.tags import DIGITS, check_delivery, identities, tag
 from moeproof.reference.contract.candidate import RankPair
 from moeproof.reference.contract.modular import Prepared
 from moeproof.reference.eager.ranks_link import GroupLink, either

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from moeproof.harness import modes
-from moeproof.harness.case import parse_case
-from moeproof.harness.rank_pairs import run_rank
+from moeproof.harness.cases.case import parse_case
+from moeproof.harness.cases.worlds import make_rank_inputs
 from moeproof.harness.ranks.context import RankContext
 from moeproof.harness.ranks.journal import enter_stage
+from moeproof.harness.ranks.pairs import run_rank
 from moeproof.harness.registry import load_rank_pairs
-from moeproof.harness.worlds import make_rank_inputs
 from moeproof.reference.contract.candidate import RankPair
 from moeproof.reference.contract.link import Link
 from moeproof.reference.contract.stages import Stage
@@ -46,7 +46,8 @@ def staged(pair: RankPair) -> RankPair:
     """The same pair, whose parts say what they are doing."""
     prepare_finalize: Any = lambda inputs, world, link: Staged(pair.prepare_finalize(inputs, world, link))  # noqa: E731
     experts: Any = lambda inputs: Staged(pair.experts(inputs))  # noqa: E731
-    return replace(pair, prepare_finalize=prepare_finalize, experts=experts)
+    taps: Any = None if pair.taps is None else lambda made: pair.taps(made._inner)
+    return replace(pair, prepare_finalize=prepare_finalize, experts=experts, taps=taps)
 
 
 def show(pair: RankPair, line: str, link: Link, device: torch.device) -> dict[str, torch.Tensor]:

@@ -10,19 +10,19 @@ from dataclasses import replace
 import torch
 
 from moeproof.harness import modes
-from moeproof.harness.case import Case
-from moeproof.harness.compare import vacuous
-from moeproof.harness.inputs import make_inputs
-from moeproof.harness.rank_checks import WorldExpectation, judge_world
-from moeproof.harness.rank_pairs import support
+from moeproof.harness.cases.case import Case
+from moeproof.harness.cases.inputs import make_inputs
+from moeproof.harness.cases.worlds import whole_case
+from moeproof.harness.judging.compare import vacuous
 from moeproof.harness.ranks import call
+from moeproof.harness.ranks.checks import WorldExpectation, judge_world
 from moeproof.harness.ranks.compare import Mismatch
 from moeproof.harness.ranks.outcome import Ending, RankRun
+from moeproof.harness.ranks.pairs import support
 from moeproof.harness.ranks.pool import DEADLINE, START_DEADLINE, RankPool
 from moeproof.harness.ranks.torchrun import TorchrunWorld
 from moeproof.harness.ranks.transport import unavailable
 from moeproof.harness.verdict import Finding, Outcome, Verdict
-from moeproof.harness.worlds import whole_case
 from moeproof.reference.contract.candidate import Claims, RankPair
 from moeproof.reference.contract.errors import ContractError
 from moeproof.reference.contract.stages import Stage
@@ -81,7 +81,7 @@ class RankSession:
         shown = self._simulate(pair, case) if self.transport == "simulated" else self._run(candidate, case)
         if isinstance(shown, RankRun):
             return verdict(**_failed(shown))  # type: ignore[arg-type]
-        return verdict(**_judged(case, shown, pair.claims))  # type: ignore[arg-type]
+        return verdict(**_judged(case, shown, pair))  # type: ignore[arg-type]
 
     def take_part(self, candidate: str | RankPair, pair: RankPair, case: Case) -> None:
         """What judge() makes this rank do, without the verdict: for ranks of torchrun that do not report."""
@@ -149,14 +149,14 @@ def _finding(m: Mismatch) -> Finding:
 
 
 @functools.lru_cache(maxsize=2)
-def _expected(case: Case, claims: Claims) -> WorldExpectation:
-    """One oracle serves all candidates of a case."""
-    return WorldExpectation(case.world, make_inputs(replace(whole_case(case), strided=False)), claims)
+def _expected(case: Case, claims: Claims, quant1: str) -> WorldExpectation:
+    """One oracle serves all candidates of a case that make the same claims."""
+    return WorldExpectation(case.world, make_inputs(replace(whole_case(case), strided=False)), claims, quant1)
 
 
-def _judged(case: Case, shown: Sequence[Shown], claims: Claims) -> dict[str, object]:
+def _judged(case: Case, shown: Sequence[Shown], pair: RankPair) -> dict[str, object]:
     """The verdict's fields for what every rank showed."""
-    expect = _expected(case, claims)
+    expect = _expected(case, pair.claims, pair.quant1)
     results = judge_world(expect, shown)
     findings = tuple(f for r in results.values() for f in r.findings)
     fields: dict[str, object] = {

@@ -6,7 +6,7 @@ from itertools import pairwise, product
 
 import pytest
 
-from moeproof.harness.presets import PRESETS, preset
+from moeproof.harness.cases.presets import PRESETS, preset
 from moeproof.optimized import candidates as triton
 from moeproof.optimized.cuda import candidates as cuda
 from moeproof.optimized.cuda import stages

@@ -7,9 +7,9 @@ import hashlib
 import pytest
 import torch
 
-from moeproof.harness.case import ROUTINGS, parse_case
-from moeproof.harness.generator import Stream
-from moeproof.harness.inputs import digest, make_inputs
+from moeproof.harness.cases.case import ROUTINGS, parse_case
+from moeproof.harness.cases.generator import Stream
+from moeproof.harness.cases.inputs import digest, make_inputs
 from moeproof.reference.oracle import Selection, route
 
 MASK = (1 << 64) - 1

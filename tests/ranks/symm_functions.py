@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
-from moeproof.harness.case import parse_case
-from moeproof.harness.pairs import forward
-from moeproof.harness.rank_pairs import run_rank
+from moeproof.harness.cases.case import parse_case
+from moeproof.harness.cases.worlds import make_rank_inputs
+from moeproof.harness.judging.pairs import forward
 from moeproof.harness.ranks import RankContext
 from moeproof.harness.ranks.call import settle
-from moeproof.harness.worlds import make_rank_inputs
+from moeproof.harness.ranks.pairs import run_rank
 from moeproof.reference.contract import ContractError, FusedMoEModularKernel, Inputs, RankPair
 from moeproof.reference.eager.ranks_link import GroupLink
 

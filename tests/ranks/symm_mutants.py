@@ -18,7 +18,7 @@ from typing import Any
 import symm_functions
 from symm_functions import Shown
 
-from moeproof.harness.pairs import Tap, forward
+from moeproof.harness.judging.pairs import Tap, forward
 from moeproof.harness.ranks import RankContext
 
 PACKAGE = "moeproof.optimized.symm"

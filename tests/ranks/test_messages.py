@@ -7,9 +7,9 @@ import torch
 from gloo_ranks import GlooRanks
 from rank_kit import line_for, on_ranks
 
-from moeproof.harness.case import parse_case
-from moeproof.harness.worlds import make_rank_inputs, make_world_inputs
-from moeproof.reference.contract import Link
+from moeproof.harness.cases.case import parse_case
+from moeproof.harness.cases.worlds import make_rank_inputs, make_world_inputs
+from moeproof.reference.contract import SCHEMES, Link
 from moeproof.reference.contract.agreement import agree, withdraw
 from moeproof.reference.eager.ranks_all_gather import AllGatherReduceScatter
 from moeproof.reference.eager.ranks_all_to_all import AllToAll
@@ -63,14 +63,9 @@ def test_poison_is_nan_or_minus_one(dtype: torch.dtype) -> None:
     assert bool(x.float().isnan().all()) if dtype.is_floating_point else bool((x == -1).all())
 
 
-def fp8_rows(rows: Tensor, static: Tensor | None) -> tuple[Tensor, Tensor]:
-    """One scale a row, a power of two: exact for what the test sends."""
-    scales = torch.exp2(torch.floor(torch.log2(rows.float().abs().amax(dim=1, keepdim=True).clamp(min=2.0**-20))) - 7)
-    return (rows.float() / scales).to(FP8), scales
-
-
 def quantised(link: Link, kind: str) -> list[tuple[float, bool]]:
-    """Dispatch of fp8 rows: each arrived row times its own scale, and whether it is some token's row times that."""
+    """Dispatch of fp8 rows: each arrived row times its own scale, and whether it is some token's row, up to the scale's
+    rounding."""
     case = parse_case(line_for("eager-alltoall", 3, "routing=uniform,spread=uneven"))
     grid = case.world.grid
     every = [
@@ -79,9 +74,9 @@ def quantised(link: Link, kind: str) -> list[tuple[float, bool]]:
     ]
     inputs = make_rank_inputs(case, link.rank)
     made = {
-        "all-gather": lambda: AllGatherReduceScatter(link, grid, quantise=fp8_rows),
-        "all-to-all": lambda: AllToAll(link, grid, quantise=fp8_rows),
-        "batched": lambda: BatchedAllToAll(link, grid, 27, 9, quantise=fp8_rows),
+        "all-gather": lambda: AllGatherReduceScatter(link, grid, scheme=SCHEMES["fp8_token"]),
+        "all-to-all": lambda: AllToAll(link, grid, scheme=SCHEMES["fp8_token"]),
+        "batched": lambda: BatchedAllToAll(link, grid, 27, 9, scheme=SCHEMES["fp8_token"]),
     }[kind]()
     a1 = every[link.rank].to(torch.bfloat16)
     mapping, weights = inputs.expert_map, inputs.topk_weights
@@ -94,7 +89,7 @@ def quantised(link: Link, kind: str) -> list[tuple[float, bool]]:
     known = torch.cat(every)
     answers = []
     for row, scale in zip(rows.float(), scales, strict=True):
-        value = row * scale
+        value = (row * scale).to(torch.bfloat16).float()
         answers.append((float(value.abs().max()), bool((known == value).all(dim=1).any()) or not bool(value.any())))
     return answers
 

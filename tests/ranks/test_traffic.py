@@ -8,9 +8,9 @@ import pytest
 import torch
 from rank_kit import PAIRS, every_pair, line_for, on_ranks
 
-from moeproof.harness.case import parse_case
-from moeproof.harness.rank_pairs import run_rank
-from moeproof.harness.worlds import make_world_inputs
+from moeproof.harness.cases.case import parse_case
+from moeproof.harness.cases.worlds import make_world_inputs
+from moeproof.harness.ranks.pairs import run_rank
 from moeproof.reference.contract import Link
 from moeproof.reference.ranks import sent_tokens
 
