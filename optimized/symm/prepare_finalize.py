@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from moeproof.optimized.align import batch_rows
-from moeproof.optimized.dispatch import move_rows, weigh_input
+from moeproof.optimized.dispatch import move_rows
 from moeproof.optimized.prepare_finalize import check_unquantised
+from moeproof.optimized.quant.prepare import quantised_rows
+from moeproof.optimized.quant.quantise import as_bytes
 from moeproof.optimized.slots import Slots
 from moeproof.optimized.symm.exchange import PATIENCE, Exchange, Received
 from moeproof.optimized.symm.layout import Layout, Payload
@@ -17,10 +19,10 @@ from moeproof.reference.contract.errors import ContractError, check
 from moeproof.reference.contract.grid import Grid
 from moeproof.reference.contract.link import Link
 from moeproof.reference.contract.modular import FusedMoEPrepareAndFinalize, Prepared
+from moeproof.reference.contract.schemes import SCHEMES, QuantScheme
 
 Tensor = torch.Tensor
-Quantise = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
-"""(rows (T, hidden), a1_scale) -> (quantised rows (T, ..), scales (T, G)): one call on the sender, before dispatch."""
+UNQUANTISED = SCHEMES["none"]
 
 
 class _Symmetric(FusedMoEPrepareAndFinalize):
@@ -36,15 +38,15 @@ class _Symmetric(FusedMoEPrepareAndFinalize):
         grid: Grid,
         max_num_tokens: int,
         payload: Payload,
-        quantise: Quantise | None = None,
+        scheme: QuantScheme = UNQUANTISED,
         patience: float = PATIENCE,
         **facts: object,
     ) -> None:
         check(max_num_tokens >= 0, f"max_num_tokens={max_num_tokens} must not be negative")
-        self.grid, self.rank, self.quantise = grid, link.rank, quantise
+        self.grid, self.rank, self.scheme = grid, link.rank, scheme
         self.max_num_tokens = max_num_tokens
         layout = Layout(grid, payload, max(max_num_tokens, 1))
-        facts |= {"kind": type(self).__name__, "max tokens": max_num_tokens}
+        facts |= {"kind": type(self).__name__, "max tokens": max_num_tokens, "scheme": scheme.name}
         self.exchange = Exchange(link, layout, facts, patience)
         self.payload = payload
         self._known_map: Tensor | None = None
@@ -79,15 +81,19 @@ class _Symmetric(FusedMoEPrepareAndFinalize):
         """Check, weigh, quantise and put. Whatever is refused here is told to the other ranks before it is raised."""
         try:
             self._check(a1, topk_weights, topk_ids, num_experts, expert_map, weight_on_input)
-            rows, scales = weigh_input(a1, topk_weights) if weight_on_input else a1, None
-            if self.quantise is not None:
-                rows, scales = self.quantise(rows, a1_scale)
-            else:
+            if not self.scheme.quantised:
                 check_unquantised(a1_scale=a1_scale, a2_scale=a2_scale)
-            rows, scales = _travels(rows, "rows", self.payload.columns, self.payload.dtype), _scales(scales, self.payload)
+            rows, scales = quantised_rows(self.scheme, a1, a1_scale, topk_weights, topk_ids, weight_on_input)
+            rows = _travels(rows, "rows", self.payload.columns, self.payload.dtype)
+            # One scale for all rows is known everywhere: it does not travel.
+            beside = None
+            if self.payload.scale_columns:
+                assert scales is not None, "the scheme has a scale in each row"
+                beside = _travels(scales, "scales", self.payload.scale_columns, self.payload.scale_dtype)
         except ContractError as error:
             raise self.exchange.fail(str(error)) from None
-        return self.exchange.dispatch(rows, scales, topk_ids, topk_weights)
+        got = self.exchange.dispatch(rows, beside, topk_ids, topk_weights)
+        return got if beside is not None else replace(got, scales=scales)
 
     def _check(
         self,
@@ -152,7 +158,7 @@ class SymmStandardPrepareFinalize(_Symmetric):
         expert_map: Tensor | None,
         apply_router_weight_on_input: bool,
     ) -> Prepared:
-        """(rows, scales or None, counts int32 (e,), ids int32, weights float32)."""
+        """(rows, scales (R * most, G), (1, 1) or None, counts int32 (e,), ids int32, weights float32)."""
         got = self.send(a1, a1_scale, a2_scale, topk_weights, topk_ids, num_experts, expert_map, apply_router_weight_on_input)
         return got.rows, got.scales, got.counts, got.ids, got.weights
 
@@ -209,23 +215,23 @@ class SymmBatchedPrepareFinalize(_Symmetric):
         expert_map: Tensor | None,
         apply_router_weight_on_input: bool,
     ) -> Prepared:
-        """(rows (e, max_rows, H), scales (e, max_rows, G) or None, counts int32 (e,), None, None)."""
+        """(rows (e, max_rows, .), scales (e, max_rows, G), (e, 1, 1) or None, counts int32 (e,), None, None)."""
         got = self.send(a1, a1_scale, a2_scale, topk_weights, topk_ids, num_experts, expert_map, apply_router_weight_on_input)
         e = len(self._local)
         places, _ = batch_rows(Slots(got.ids, self.grid.experts, e, self._map), self.max_rows)
         check_room(self.exchange, got.counts, self.max_rows)
         self._places, self._weights = places, got.weights
-        placed = [self._placed(column, places) for column in (got.rows, got.scales)]
-        assert placed[0] is not None
-        return placed[0], placed[1], got.counts, None, None
+        scales = got.scales
+        if self.payload.scale_columns and scales is not None:
+            scales = self._placed(scales, places)
+        elif scales is not None:
+            scales = scales.expand(e, 1, 1)
+        return self._placed(got.rows, places), scales, got.counts, None, None
 
-    def _placed(self, column: Tensor | None, places: Tensor) -> Tensor | None:
-        """(R * most, ..) as arrived -> (e, max_rows, ..)."""
-        if column is None:
-            return None
+    def _placed(self, column: Tensor, places: Tensor) -> Tensor:
+        """(R * most, .) as arrived -> (e, max_rows, .)."""
         out = torch.empty(len(self._local), self.max_rows, column.size(1), dtype=column.dtype, device=column.device)
-        plain = column.dtype if column.dtype.itemsize > 1 else torch.uint8  # fp8 codes are only carried
-        move_rows(column.view(plain), out.view(plain).flatten(0, 1), self.payload.slots, rows=places)
+        move_rows(as_bytes(column), as_bytes(out).flatten(0, 1), self.payload.slots, rows=places)
         return out
 
     def finalize(
@@ -262,11 +268,3 @@ def _travels(rows: Tensor, name: str, columns: int, dtype: torch.dtype) -> Tenso
     # A row must also begin where its words do.
     word_aligned = rows.stride(0) * dtype.itemsize % 4 == 0 and rows.data_ptr() % 4 == 0
     return rows if rows.stride(1) == 1 and (word_aligned or rows.is_contiguous()) else rows.contiguous()
-
-
-def _scales(scales: Tensor | None, payload: Payload) -> Tensor | None:
-    check(
-        (scales is None) == (payload.scale_columns == 0),
-        f"the exchange was made for {payload.scale_columns} scales a row, and {'none' if scales is None else 'some'} came",
-    )
-    return None if scales is None else _travels(scales, "scales", payload.scale_columns, payload.scale_dtype).contiguous()

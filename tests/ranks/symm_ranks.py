@@ -8,20 +8,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 from moeproof.optimized.symm.candidates import rank_pairs
-from moeproof.reference.contract.inputs import Inputs
-from moeproof.reference.eager.experts import BatchedLoopExperts, LoopExperts
-
-
-def loop(inputs: Inputs) -> LoopExperts:
-    return LoopExperts(inputs.problem.act, inputs.b1, inputs.b2)
-
-
-def batched_loop(inputs: Inputs) -> BatchedLoopExperts:
-    return BatchedLoopExperts(inputs.problem.act, inputs.b1, inputs.b2)
-
+from moeproof.reference.eager.experts_of import batched_experts, standard_experts, taps
 
 INSTALLED = {pair.name: pair for pair in rank_pairs()}
 PAIRS = {
-    name: replace(pair, experts=batched_loop if pair.layout == "batched" else loop, transports=("gloo",))
+    name: replace(
+        pair,
+        experts=batched_experts if pair.layout == "batched" else standard_experts,
+        taps=taps if pair.taps else None,
+        transports=("gloo",),
+    )
     for name, pair in INSTALLED.items()
 }

@@ -13,6 +13,7 @@ import symm_functions as functions
 import torch
 from rank_kit import INSTALLED, expectation, findings, line_for
 
+from moeproof.harness.cases.case import parse_case
 from moeproof.harness.ranks import RankPool
 
 NAMES = ("symm-standard", "symm-batched")
@@ -40,6 +41,17 @@ OTHERS = {
     "odd bytes": (2, "values=normal,H=13,routing=minus1"),
     "shards": (4, "values=normal,routing=minus1,tp=2,spread=uneven"),
 }
+QUANTISED = {
+    "symm-fp8-standard": (
+        "scheme=fp8_block,H=160,I=64",
+        "scheme=fp8_tensor_static,H=24",
+        "scheme=fp8_token,K=1,weight_on_input=1",
+    ),
+    "symm-fp8-batched": ("scheme=fp8_block,H=160,I=64", "scheme=fp8_tensor_static,H=24"),
+    "symm-quant-standard": ("scheme=mxfp4_w4a4,H=64,I=32,spread=uneven", "scheme=int8_token"),
+    "symm-quant-batched": ("scheme=mxfp4_w4a4,H=64,I=32,spread=uneven", "scheme=fp8_w8a16"),
+}
+"""Scales by block, of all rows, by token, of one byte, and none."""
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +90,18 @@ def test_other_problems_within_their_bounds(pools: dict[int, RankPool], name: st
 
     assert run.ok, run
     assert not findings(expectation(line, name), [rank[0] for rank in run.results])
+
+
+@pytest.mark.parametrize(("name", "extra"), [(name, extra) for name, extras in QUANTISED.items() for extra in extras])
+def test_codes_travel_with_their_scales(pools: dict[int, RankPool], name: str, extra: str) -> None:
+    """Quantised before dispatch: every code and scale that arrives is judged on its bits."""
+    line = line_for(known(name), 2, "values=normal,routing=minus1", extra)
+    run = pools[2].run(functions.calls, name, [line])
+
+    assert run.ok, run
+    assert not findings(expectation(line, name), [rank[0] for rank in run.results])
+    scaled = parse_case(line).problem.quant.a1 is not None
+    assert all(("row_scales" in rank[0]) == scaled for rank in run.results)
 
 
 @pytest.mark.parametrize("name", NAMES)
