@@ -60,7 +60,7 @@ class Exchange:
         shared = {"call": "symmetric exchange", "placement": grid, "payload": layout.payload, "most": layout.most, **facts}
         check(link.size == grid.ranks, f"the placement is for {grid.ranks} ranks, the group has {link.size}")
         agree(link, shared, None)
-        self.arenas = allocate(link, layout.nbytes)
+        self.arenas, self._mapping = allocate(link, layout.nbytes)
         self.own = self.arenas[link.rank]
         self.state = torch.zeros(STATE, dtype=torch.int32, device=link.device)
         self.state[0] = 1
@@ -174,6 +174,14 @@ class Exchange:
         )
 
     # Calls.
+
+    def nothing_received(self) -> Received:
+        """As after a dispatch in which no rank had any token. Nothing of the arena is written: peers may be at work in it."""
+        there = self._there
+        ids = torch.full_like(there["ids"], -1)
+        counts = torch.zeros(self._num_local, dtype=torch.int32, device=self.link.device)
+        scales = there["scales"] if self.layout.payload.scale_columns else None
+        return Received(there["rows"], scales, ids, there["weights"], counts)
 
     def dispatch(self, rows: Tensor, scales: Tensor | None, ids: Tensor, weights: Tensor) -> Received:
         """Rows (T, columns) and their scales, with ids and weights (T, K), to the ranks of their experts; what came here.

@@ -19,27 +19,29 @@ NAME = 256
 """Bytes of a file name that travels."""
 
 
-def allocate(link: Link, nbytes: int) -> tuple[Tensor, ...]:
-    """Collective: uint8 (nbytes,) of every rank in rank order, as this process can reach them. This rank's own is cleared.
+def allocate(link: Link, nbytes: int) -> tuple[tuple[Tensor, ...], object]:
+    """Collective: uint8 (nbytes,) of every rank in rank order, as this process can reach them, and what keeps them mapped.
 
-    Nobody may write into them before another collective has followed: a peer may still be clearing its own.
+    This rank's own is cleared. Nobody may write into them before another collective has followed: a peer may still be
+    clearing its own.
     """
     check(
         link.group is not None,
         "one-sided puts need processes: ranks that are threads of one process have no memory of each other to map",
     )
-    arenas = _on_gpus(link, nbytes) if link.device.type == "cuda" else _in_files(link, nbytes)
+    arenas, mapping = _on_gpus(link, nbytes) if link.device.type == "cuda" else (_in_files(link, nbytes), None)
     arenas[link.rank].zero_()
-    return arenas
+    return arenas, mapping
 
 
-def _on_gpus(link: Link, nbytes: int) -> tuple[Tensor, ...]:
+def _on_gpus(link: Link, nbytes: int) -> tuple[tuple[Tensor, ...], object]:
     import torch.distributed._symmetric_memory as symmetric
 
     assert link.group is not None
     own = symmetric.empty(nbytes, dtype=torch.uint8, device=link.device)
     handle = symmetric.rendezvous(own, link.group.group_name)
-    return tuple(own if rank == link.rank else handle.get_buffer(rank, (nbytes,), torch.uint8) for rank in range(link.size))
+    peers = [own if rank == link.rank else handle.get_buffer(rank, (nbytes,), torch.uint8) for rank in range(link.size)]
+    return tuple(peers), handle
 
 
 def _in_files(link: Link, nbytes: int) -> tuple[Tensor, ...]:

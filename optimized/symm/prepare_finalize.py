@@ -203,6 +203,7 @@ class SymmBatchedPrepareFinalize(_Symmetric):
         self._places: Tensor | None = None
         """int32 (R * most * K,): row of each arrived slot in the batched layout, -1 where it has none."""
         self._weights: Tensor | None = None
+        self._arrange(self.exchange.nothing_received())  # loads the kernels of this layout too, before any rank waits
 
     def prepare(
         self,
@@ -217,16 +218,21 @@ class SymmBatchedPrepareFinalize(_Symmetric):
     ) -> Prepared:
         """(rows (e, max_rows, .), scales (e, max_rows, G), (e, 1, 1) or None, counts int32 (e,), None, None)."""
         got = self.send(a1, a1_scale, a2_scale, topk_weights, topk_ids, num_experts, expert_map, apply_router_weight_on_input)
+        rows, scales, self._places = self._arrange(got)
+        self._weights = got.weights
+        return rows, scales, got.counts, None, None
+
+    def _arrange(self, got: Received) -> tuple[Tensor, Tensor | None, Tensor]:
+        """(rows and scales in the batched layout, places)."""
         e = len(self._local)
         places, _ = batch_rows(Slots(got.ids, self.grid.experts, e, self._map), self.max_rows)
         check_room(self.exchange, got.counts, self.max_rows)
-        self._places, self._weights = places, got.weights
         scales = got.scales
         if self.payload.scale_columns and scales is not None:
             scales = self._placed(scales, places)
         elif scales is not None:
             scales = scales.expand(e, 1, 1)
-        return self._placed(got.rows, places), scales, got.counts, None, None
+        return self._placed(got.rows, places), scales, places
 
     def _placed(self, column: Tensor, places: Tensor) -> Tensor:
         """(R * most, .) as arrived -> (e, max_rows, .)."""

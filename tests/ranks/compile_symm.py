@@ -33,7 +33,7 @@ SIZES = {
 
 def main(rank: int) -> None:
     driver.set_active(Driver())
-    exchange.allocate = lambda link, nbytes: (torch.empty(1, dtype=torch.uint8),) * link.size  # type: ignore[assignment]
+    exchange.allocate = lambda link, nbytes: ((torch.empty(1, dtype=torch.uint8),) * link.size, None)  # type: ignore[assignment]
     exchange.agree = lambda *_: None  # type: ignore[assignment]
     Layout.view = lambda self, arena, name: torch.empty(1)  # type: ignore[method-assign]
     for case, (payload, grid, most) in SIZES.items():
