@@ -79,6 +79,8 @@ class RankSession:
         if reason := self._unsupported(pair, case):
             return verdict(Outcome.UNSUPPORTED, reason=reason)
         shown = self._simulate(pair, case) if self.transport == "simulated" else self._run(candidate, case)
+        if isinstance(shown, RankRun) and shown.refused and case.routing == "beyond":
+            return verdict(Outcome.UNSUPPORTED, reason=f"refuses ids >= E, as it may: {shown.headline}")
         if isinstance(shown, RankRun):
             return verdict(**_failed(shown))  # type: ignore[arg-type]
         return verdict(**_judged(case, shown, pair))  # type: ignore[arg-type]

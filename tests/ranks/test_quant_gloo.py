@@ -101,6 +101,11 @@ def test_the_command(transport: str, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert {v["candidate"] for v in verdicts} == set(names)
     assert min(v["checked"] for v in verdicts) >= 6 * 64
 
+    beyond = ("--case", case.replace("minus1", "beyond"), "--ranks", "2", "--transport", transport, "--json")
+    assert moeproof(monkeypatch, "verify", names[0], *beyond) == 3
+    verdict = json.loads(capsys.readouterr().out.splitlines()[0])
+    assert verdict["outcome"] == "UNSUPPORTED" and "refuses ids >= E" in verdict["reason"]
+
     shards = "T=6,H=64,I=96,E=5,K=2,scheme=mxfp8,ranks=2,tp=2,seed=3"
     assert moeproof(monkeypatch, "verify", names[0], "--case", shards, "--transport", transport) == 2
     error = " ".join(capsys.readouterr().err.split())
