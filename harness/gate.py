@@ -32,9 +32,12 @@ SAME = 2.0**-40
 
 
 def blind(trial: Trial) -> list[str]:
-    """Why a PASS of this trial would mean nothing, in words; empty where it means something."""
+    """Why a PASS of this trial would mean nothing, in words; empty where it means something.
+
+    Either a grossly wrong result would pass, or the inputs hide what the case is there to see (lint).
+    """
     shown = tuple((n, trial.shown[n].dtype) for n in JUDGED if n in trial.shown)
-    return list(_blind(trial.case, trial.device, trial.candidate.claims, shown))
+    return list(_blind(trial.case, trial.home, trial.candidate.claims, shown))
 
 
 @functools.lru_cache(maxsize=64)
@@ -47,7 +50,7 @@ def _blind(case: Case, device: str, claims: Claims, shown: tuple[tuple[str, torc
         accepted = accepts(name, perfect, expect)
         if accepted:
             reasons.append(f"{name} would pass for {', '.join(accepted)}")
-    return (*reasons, *lint(case, device)) if reasons else ()
+    return (*reasons, *lint(case, device, claims))
 
 
 def _perfect(value: Value, dtype: torch.dtype) -> Tensor:

@@ -56,7 +56,8 @@ def decode(stored: Tensor, fmt: Format) -> Tensor:
         return torch.exp2(codes.double() - fmt.bias)
     if fmt.integer:
         return codes.double() - fmt.offset
-    return torch.tensor(_values(fmt), dtype=torch.float64, device=stored.device)[codes.long()]
+    # Rows that nobody wrote hold any byte; only the format's own bits count.
+    return torch.tensor(_values(fmt), dtype=torch.float64, device=stored.device)[codes.long() & ((1 << fmt.width) - 1)]
 
 
 def dequantise(codes: Tensor, scales: Tensor, q: Quantiser, dtype: Format) -> Tensor:
