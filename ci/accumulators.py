@@ -20,9 +20,9 @@ import torch
 import triton
 import triton.language as tl
 
-from moeproof.harness import results
-from moeproof.harness.generator import Stream
-from moeproof.harness.misround import allowance, chance
+from moeproof.harness.cases.generator import Stream
+from moeproof.harness.judging.misround import allowance, chance
+from moeproof.harness.reports import results
 from moeproof.reference.contract import FORMATS, Claims, Format
 from moeproof.reference.oracle.products import Operand, product
 from moeproof.reference.oracle.rounding import round_to, ulp

@@ -30,16 +30,18 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from moeproof.harness import campaign, modes, results, workers
-from moeproof.harness.axes import covering
-from moeproof.harness.campaign import Piece, Record
-from moeproof.harness.case import Case, parse_case
-from moeproof.harness.compiled_sample import RUN, compiled_case
-from moeproof.harness.judge import judge
-from moeproof.harness.quant_sample import draw_quantised
+from moeproof.harness import modes, workers
+from moeproof.harness.cases.axes import covering
+from moeproof.harness.cases.case import Case, parse_case
+from moeproof.harness.cases.compiled_sample import RUN, compiled_case
+from moeproof.harness.cases.quant_sample import draw_quantised
+from moeproof.harness.cases.sample import draw
+from moeproof.harness.cases.tiers import cases_of, sweep_cases
+from moeproof.harness.judging import campaign
+from moeproof.harness.judging.campaign import Piece, Record
+from moeproof.harness.judging.judge import judge
 from moeproof.harness.registry import find_candidates, load_candidates
-from moeproof.harness.sample import draw
-from moeproof.harness.tiers import cases_of, sweep_cases
+from moeproof.harness.reports import results
 from moeproof.reference.contract.candidate import Candidate
 from moeproof.reference.contract.errors import ContractError, check
 

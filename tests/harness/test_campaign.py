@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from moeproof.harness import campaign
-from moeproof.harness.campaign import Cell, Piece, Record
-from moeproof.harness.case import parse_case
-from moeproof.harness.compiled_sample import RUN, TOKENS, compiled_case, layers
-from moeproof.harness.judge import judge
-from moeproof.harness.quant_sample import QUANTISED
+from moeproof.harness.cases.case import parse_case
+from moeproof.harness.cases.compiled_sample import RUN, TOKENS, compiled_case, layers
+from moeproof.harness.cases.quant_sample import QUANTISED
+from moeproof.harness.judging import campaign
+from moeproof.harness.judging.campaign import Cell, Piece, Record
+from moeproof.harness.judging.judge import judge
 from moeproof.harness.verdict import Finding, Outcome, Verdict
 from moeproof.reference.contract import ContractError, Inputs
 from moeproof.reference.contract.problem import LAYOUTS

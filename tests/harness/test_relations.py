@@ -9,10 +9,10 @@ import pipeline
 import pytest
 import torch
 
-from moeproof.harness.case import HISTORIES, RELATIONS, parse_case
-from moeproof.harness.inputs import make_inputs
-from moeproof.harness.judge import judge
-from moeproof.harness.memory import overlap
+from moeproof.harness.cases.case import HISTORIES, RELATIONS, parse_case
+from moeproof.harness.cases.inputs import make_inputs
+from moeproof.harness.judging.judge import judge
+from moeproof.harness.judging.memory import overlap
 from moeproof.harness.registry import load_candidates
 from moeproof.harness.verdict import Outcome
 from moeproof.reference.contract import Candidate, Claims, ContractError, Inputs
@@ -54,7 +54,7 @@ BROKEN: tuple[tuple[str, Callable[[Inputs], Tensor], Claims], ...] = (
 )
 
 
-@pytest.mark.parametrize("relation", [r for r in RELATIONS if r != "none"])
+@pytest.mark.parametrize("relation", [r for r in RELATIONS if r not in ("none", "ranks")])
 @pytest.mark.parametrize("extra", ["", ",dtype=fp32", ",routing=minus1,expert_bias=1", ",router=softmax:zero_experts=2"])
 def test_a_healthy_candidate_keeps_every_relation(relation: str, extra: str) -> None:
     beyond_the_plain_pipeline = "bias" in extra or "zero_experts" in extra
@@ -181,7 +181,7 @@ def test_ids_that_no_expert_has_are_refused_or_ignored() -> None:
 
 def test_workspaces_that_share_memory_are_found() -> None:
     """A kernel that gives the second product its own input to write into."""
-    from moeproof.harness.pairs import SharedMemory, _check_apart
+    from moeproof.harness.judging.pairs import SharedMemory, _check_apart
 
     x, buffer = torch.zeros(4, 8), torch.zeros(64)
     rest = (*(None,) * 9,)

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from moeproof.harness.case import parse_case
-from moeproof.harness.compare import within
-from moeproof.harness.inputs import make_inputs
+from moeproof.harness.cases.case import parse_case
+from moeproof.harness.cases.inputs import make_inputs
+from moeproof.harness.judging.compare import within
 from moeproof.reference.contract import Claims, Inputs
 from moeproof.reference.oracle import chain
 
