@@ -97,14 +97,13 @@ def shrink(
     seconds: Annotated[float, typer.Option(help="Time limit.")] = 60.0,
     runs: Annotated[int, typer.Option(help="Limit on runs.")] = 400,
     mode: Mode = "auto",
+    transport: Transport = "auto",
     json: Json = False,
 ) -> None:
-    """Find the simplest case that fails in the same way; crashes and hangs too."""
-    from moeproof.harness import workers
+    """Find the simplest case that fails in the same way; crashes and hangs too, and on several ranks."""
     from moeproof.harness.shrinking import report as shrink_report
 
-    workers.settle(mode)
-    raise typer.Exit(shrink_report.main(case, candidate, seconds, runs, json))
+    raise typer.Exit(shrink_report.main(case, candidate, seconds, runs, mode, transport, json))
 
 
 @app.command()

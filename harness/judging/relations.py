@@ -142,7 +142,7 @@ def related(trial: Trial) -> Ruling | None:
         fmt = changed.problem.fmt
         exact = relation.bitwise(trial)
         if exact:
-            allowed = _scaling_error(want, fmt) if name == "double" else torch.zeros_like(want)
+            allowed = scaling_error(want, fmt) if name == "double" else torch.zeros_like(want)
         value = Value(want, allowed, None, fmt)
         result = compare("out", run.shown["out"], value)
         trial.tally.add(result.checked)
@@ -151,7 +151,7 @@ def related(trial: Trial) -> Ruling | None:
     return None
 
 
-def _scaling_error(doubled: Tensor, fmt: Format) -> Tensor:
+def scaling_error(doubled: Tensor, fmt: Format) -> Tensor:
     """Scaling by two is exact for normal numbers. Below them twice the rounding of y is up to 3/2 steps off that of 2 y."""
     least = 2.0**fmt.emin
     return torch.where(doubled.abs() < 2 * least, 1.5 * least * 2.0**-fmt.bits, 0.0)

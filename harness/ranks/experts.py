@@ -10,6 +10,7 @@ import torch
 from moeproof.harness.judging import quant_expect
 from moeproof.harness.judging.compare import Comparison, compare
 from moeproof.harness.judging.expect import shapes
+from moeproof.harness.judging.misround import counted
 from moeproof.harness.ranks.received import Shown, at_rows, pick, received_operand
 from moeproof.harness.ranks.rows import Matched
 from moeproof.harness.verdict import Finding
@@ -38,12 +39,13 @@ def judge_experts(rank: int, view: RankExpectation, shown: Shown, matched: Match
     rows = at_rows(shown["rows"], places)
     here = alone(view.inputs, pairs, rows if view.operand is None else rows.new_zeros(len(pairs), 0))
     need, dtypes = shapes(here.problem, here), quant_expect.code_dtypes(here)
-    own: dict[str, Tensor] = {}
+    a2, own = here.problem.quant.a2, dict[str, Tensor]()
+    one_for_all = a2 is not None and not a2.by_token
     for name in KEPT:
         if name not in shown:
             continue
         flat = gathered(shown[name], matched, pairs)
-        got = shown[name] if need.get(name) == (1, 1, 1) or flat is None else flat[:, None]
+        got = shown[name] if (name == "hs" and one_for_all) or flat is None else flat[:, None]
         dtype = dtypes.get(name, got.dtype)
         if (tuple(got.shape), got.dtype) != (need.get(name), dtype):
             words = f"is {tuple(shown[name].shape)} {got.dtype}, must give {need.get(name)} {dtype} of the received pairs"
@@ -73,7 +75,7 @@ def _judged(here: Inputs, operand: Quantised | None, own: Shown, claims: Claims)
             want = quant_expect.product(here, "y", own, fmt, claims)
         else:
             want = gemm2(here, own["h"], fmt, claims)
-        results.append(compare("y", own["y"], want, ids))
+        results.append(counted(compare("y", own["y"], want, ids), "y", own["y"], want))
     return results
 
 
@@ -81,9 +83,7 @@ def _chained(here: Inputs, operand: Quantised | None, claims: Claims) -> Mapping
     """h and y with the bound propagated from the rows that came."""
     if not here.problem.quant.quantised:
         return spreads(here, claims)
-    rows = quantised_rows(here) if operand is None else decoded(operand)
-    if operand is not None:
-        rows = replace(rows, values=rows.values[:, None])
+    rows = quantised_rows(here) if operand is None else decoded(operand).in_slots(1)
     return dict(zip(("gate_up", "h", "y"), quantised_experts(here, claims, rows), strict=True))
 
 
