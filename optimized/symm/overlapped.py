@@ -50,7 +50,7 @@ class SymmOverlappedPrepareFinalize(FusedMoEOverlappedPrepareAndFinalize):
         self._halves = [SymmStandardPrepareFinalize(link, grid, half, payload, scheme, half=n) for n in range(IN_FLIGHT)]
         for part in self._halves:
             part.exchange.release = self.abandon
-        self._stream = torch.cuda.Stream(link.device) if link.device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(link.device, priority=-1) if link.device.type == "cuda" else None
         self._flights: tuple[_Flight, ...] = ()
         self._begun = 0
         """Micro-batches of this pair that have been started."""
