@@ -6,6 +6,7 @@ looks: in `settle`, which waits, or when the next call begins.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -69,8 +70,8 @@ class Exchange:
         self.notice = torch.zeros(4, dtype=torch.int32, pin_memory=link.device.type == "cuda")
         self.tokens: int | None = None
         """Tokens of the call between dispatch and combine."""
-        self.release: Callable[[str], None] = self.withdraw
-        """What lets the other ranks know when a call is refused here."""
+        self.owner: weakref.WeakMethod[Callable[[str], None]] | None = None
+        """Called instead of `withdraw` where a call is refused here: of several exchanges all have to be left, in order."""
         self._lost = ""
         """Why this exchange can serve no further call."""
         self._there = {name: layout.view(self.own, name) for name in ("rows", "scales", "ids", "weights")}
@@ -253,7 +254,8 @@ class Exchange:
 
     def fail(self, reason: str) -> ContractError:
         """To be raised where this rank alone finds that something is wrong."""
-        self.release(reason)
+        owner = None if self.owner is None else self.owner()
+        (owner or self.withdraw)(reason)
         return ContractError(reason)
 
     def settle(self) -> None:

@@ -6,6 +6,7 @@ shares one stream, on which all ranks put the same kernels in the same order: no
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -49,7 +50,7 @@ class SymmOverlappedPrepareFinalize(FusedMoEOverlappedPrepareAndFinalize):
         half = (max_num_tokens + 1) // 2
         self._halves = [SymmStandardPrepareFinalize(link, grid, half, payload, scheme, half=n) for n in range(IN_FLIGHT)]
         for part in self._halves:
-            part.exchange.release = self.abandon
+            part.exchange.owner = weakref.WeakMethod(self.abandon)
         self._stream = torch.cuda.Stream(link.device, priority=-1) if link.device.type == "cuda" else None
         self._flights: tuple[_Flight, ...] = ()
         self._begun = 0
