@@ -180,6 +180,9 @@ class Case:
             check(linear, "relation=double needs a result linear in the weights: no weight_on_input, shared or latent_norm")
         if self.relation == "duplicate":
             check(not p.capacity, "relation=duplicate doubles the rows: it needs capacity=0")
+        if self.relation == "split":
+            shared = [q for q in (p.quant.a1, p.quant.a2) if q is not None and not q.by_token and not q.static]
+            check(not shared, f"relation=split: scheme {p.scheme} has one scale for all tokens, which half of them change")
         if self.relation == "ranks":
             check(self.ranks > 1, "relation=ranks moves tokens from rank to rank: it needs ranks > 1")
             check(self.world.distinct, "relation=ranks needs each token on one rank only: tp=1, or sp=1")

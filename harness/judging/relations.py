@@ -75,7 +75,12 @@ def _relabelled(inputs: Inputs, s: Stream) -> Inputs:
 
 
 def _expert_tensors(inputs: Inputs) -> list[tuple[str, Tensor]]:
-    return [(n, t) for n, t in inputs.tensors() if n in ("w1", "w2", "b1", "b2")]
+    """What has a row for each expert: weights with their scales, zero points and biases, and global scales of h."""
+    owned = [(n, t) for n, t in inputs.tensors() if n.startswith(("w1", "w2", "b1", "b2"))]
+    a2 = inputs.problem.quant.a2
+    if a2 is not None and a2.two_level and inputs.a2_scale is not None:
+        owned.append(("a2_scale", inputs.a2_scale))
+    return owned
 
 
 def _like(template: Tensor, values: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ import torch
 from moeproof.harness.judging.compare import Comparison, compare
 from moeproof.harness.judging.misround import counted
 from moeproof.harness.ranks.experts import gathered, judge_experts
-from moeproof.harness.ranks.rows import Matched, Shown, Sources, match_rows
+from moeproof.harness.ranks.received import Shown
+from moeproof.harness.ranks.rows import Matched, Sources, match_rows
 from moeproof.harness.verdict import Finding
 from moeproof.reference.contract.candidate import Claims
 from moeproof.reference.contract.inputs import Inputs

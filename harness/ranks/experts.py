@@ -9,7 +9,9 @@ import torch
 
 from moeproof.harness.judging import quant_expect
 from moeproof.harness.judging.compare import Comparison, compare
+from moeproof.harness.judging.expect import shapes
 from moeproof.harness.judging.misround import counted
+from moeproof.harness.ranks.received import Shown, at_rows, pick, received_operand
 from moeproof.harness.ranks.rows import Matched
 from moeproof.harness.verdict import Finding
 from moeproof.reference.contract.candidate import Claims
@@ -19,14 +21,13 @@ from moeproof.reference.contract.stages import TENSORS
 from moeproof.reference.oracle.chain import Spread, quantised_experts, quantised_rows, spreads
 from moeproof.reference.oracle.experts import gemm2
 from moeproof.reference.oracle.products import decoded
-from moeproof.reference.oracle.quantise import Quantised, dequantise
+from moeproof.reference.oracle.quantise import Quantised
 from moeproof.reference.oracle.value import Value, stored
 from moeproof.reference.ranks.alone import alone
 from moeproof.reference.ranks.dispatch import Pair
 from moeproof.reference.ranks.expect import RankExpectation
 
 Tensor = torch.Tensor
-Shown = Mapping[str, Tensor]
 KEPT = ("h", "hq", "hs", "y")
 """What the experts may show, in the coordinates of their rows."""
 
@@ -34,23 +35,25 @@ KEPT = ("h", "hq", "hs", "y")
 def judge_experts(rank: int, view: RankExpectation, shown: Shown, matched: Matched, claims: Claims) -> list[Comparison]:
     """h, hq and hs where they are shown, and y, of each received pair. Findings name the token's own rank and this one."""
     pairs = sorted(matched.places)
-    own: dict[str, Tensor] = {}
+    places = [matched.places[pair] for pair in pairs]
+    rows = at_rows(shown["rows"], places)
+    here = alone(view.inputs, pairs, rows if view.operand is None else rows.new_zeros(len(pairs), 0))
+    need, dtypes = shapes(here.problem, here), quant_expect.code_dtypes(here)
+    a2, own = here.problem.quant.a2, dict[str, Tensor]()
+    one_for_all = a2 is not None and not a2.by_token
     for name in KEPT:
         if name not in shown:
             continue
-        if name == "hs" and tuple(shown[name].shape) == (1, 1, 1):
-            own[name] = shown[name]  # one scale for all
-            continue
         flat = gathered(shown[name], matched, pairs)
-        if flat is None:
-            words = f"has shape {tuple(shown[name].shape)}, which has no place for each received pair"
+        got = shown[name] if (name == "hs" and one_for_all) or flat is None else flat[:, None]
+        dtype = dtypes.get(name, got.dtype)
+        if (tuple(got.shape), got.dtype) != (need.get(name), dtype):
+            words = f"is {tuple(shown[name].shape)} {got.dtype}, must give {need.get(name)} {dtype} of the received pairs"
             return [Comparison((Finding(TENSORS[name], name, words, rank=rank),), 1, 0.0)]
-        own[name] = flat[:, None]
+        own[name] = got
     if not own:
         return []
-    rows = gathered_rows(shown["rows"], matched, pairs)
-    here = alone(view.inputs, pairs, rows if view.operand is None else rows.new_zeros(len(pairs), 0))
-    operand = None if view.operand is None else _operand(view, shown, matched, pairs, rows)
+    operand = None if view.operand is None else received_operand(view, shown, places)
     judged = _judged(here, operand, own, claims)
     return [_named(result, rank, pairs) for result in judged]
 
@@ -80,9 +83,7 @@ def _chained(here: Inputs, operand: Quantised | None, claims: Claims) -> Mapping
     """h and y with the bound propagated from the rows that came."""
     if not here.problem.quant.quantised:
         return spreads(here, claims)
-    rows = quantised_rows(here) if operand is None else decoded(operand)
-    if operand is not None:
-        rows = replace(rows, values=rows.values[:, None])
+    rows = quantised_rows(here) if operand is None else decoded(operand).in_slots(1)
     return dict(zip(("gate_up", "h", "y"), quantised_experts(here, claims, rows), strict=True))
 
 
@@ -90,38 +91,12 @@ def _stored(spread: Spread, like: Tensor) -> Value:
     return stored(spread.value, spread.allowed, format_of(like.dtype))
 
 
-def _operand(view: RankExpectation, shown: Shown, matched: Matched, pairs: Sequence[Pair], rows: Tensor) -> Quantised:
-    """What the candidate's own codes and scales of its pairs stand for."""
-    assert view.operand is not None
-    q, a1_scale = view.operand.quantiser, view.inputs.a1_scale
-    scales = shown["row_scales"]
-    if q.by_token:
-        scales = gathered_rows(scales, matched, pairs)
-    else:
-        scales = scales.flatten()[:1].view(1, 1)
-    return dequantise(q, view.inputs.problem.fmt, rows, scales, g=a1_scale if q.two_level else None)
-
-
-def gathered_rows(rows: Tensor, matched: Matched, pairs: Sequence[Pair]) -> Tensor:
-    """(n, .) of rows (n, .) or (e, C, .): what each pair reads. By bytes: not every narrow dtype can be indexed."""
-    places = [matched.places[p] for p in pairs]
-    flat = rows.flatten(0, 1) if rows.dim() == 3 else rows
-    index = [a * rows.shape[1] + b for a, b in places] if rows.dim() == 3 else [a for a, _ in places]
-    return _picked(flat, index)
-
-
 def gathered(y: Tensor, matched: Matched, pairs: Sequence[Pair]) -> Tensor | None:
     """(n, .) of y (n, K, .) or (e, C, .): what became of each pair; None where y has no such place."""
     places = [matched.places[p] for p in pairs]
     if y.dim() != 3 or any(a >= y.shape[0] or b >= y.shape[1] for a, b in places):
         return None
-    return _picked(y.flatten(0, 1), [a * y.shape[1] + b for a, b in places])
-
-
-def _picked(flat: Tensor, index: Sequence[int]) -> Tensor:
-    if not index:
-        return flat[:0]
-    return flat.contiguous().view(torch.uint8)[torch.tensor(index, device=flat.device)].view(flat.dtype)
+    return pick(y.flatten(0, 1), [a * y.shape[1] + b for a, b in places])
 
 
 def _named(judged: Comparison, rank: int, pairs: Sequence[Pair]) -> Comparison:

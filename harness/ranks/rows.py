@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
+from moeproof.harness.ranks.received import Place, Shown, received_operand, wrong_shapes
 from moeproof.harness.verdict import Finding
 from moeproof.reference.contract.stages import Stage
 from moeproof.reference.contract.world import World
@@ -16,9 +17,11 @@ from moeproof.reference.ranks.dispatch import Pair, dispatched_rows, stored_rows
 from moeproof.reference.ranks.expect import RankExpectation
 
 Tensor = torch.Tensor
-Shown = Mapping[str, Tensor]
-Place = tuple[int, int]
-"""Where a pair's result stands in y: (row, column of ids), or (local expert, row) in the batched layout."""
+
+
+NOWHERE = " and nothing like it came"
+NEAR = 0.25
+"""How far, relative to its largest value, a row may be from a token that it still stands for: codes of 4 bits and more."""
 
 
 class Key(NamedTuple):
@@ -64,7 +67,10 @@ def match_rows(rank: int, sources: Sources, shown: Shown, local_experts: Sequenc
     findings = []
     left = [(key, place) for key in waiting for place in waiting[key]]
     if missing:
-        findings.append(_missing(rank, missing, [key for key, _ in present], len(pairs)))
+        found = _missing(rank, missing, [key for key, _ in present], len(pairs))
+        if found.message.endswith(NOWHERE):
+            found = _quantised_otherwise(found, sources.views[rank], missing[0], left, shown)
+        findings.append(found)
     if left:
         key, place = left[0]
         words = f"rows that belong to no routed slot, the first at {place}{sources.owner(key.row)}"
@@ -72,29 +78,11 @@ def match_rows(rank: int, sources: Sources, shown: Shown, local_experts: Sequenc
     return Matched(places, tuple(findings), len(pairs) + len(present))
 
 
-def wrong_shapes(view: RankExpectation, shown: Shown) -> tuple[str, str] | None:
-    """(tensor, what is wrong with its shape or dtype); None where rows and their scales can be told apart at all."""
-    p, operand, rows = view.inputs.problem, view.operand, shown["rows"]
-    scales = shown.get("row_scales")
-    if operand is None:
-        what = "x is not quantised, so there are no scales to send"
-        return None if scales is None else ("row_scales", f"is {tuple(scales.shape)} {scales.dtype}, must be None: {what}")
-    q = operand.quantiser
-    want = q.code_shape(*rows.shape[:-1], p.hidden)
-    if (tuple(rows.shape), rows.dtype) != (want, q.format.dtype):
-        return "rows", f"is {tuple(rows.shape)} {rows.dtype}, must be {want} {q.format.dtype}: codes of scheme {p.scheme}"
-    need, dtype = q.scale_shape(*rows.shape[:-1], p.hidden), q.scale_format(p.fmt).dtype
-    if scales is None or (tuple(scales.shape), scales.dtype) != (need, dtype):
-        got = "missing" if scales is None else f"{tuple(scales.shape)} {scales.dtype}"
-        return "row_scales", f"is {got}, must be {need} {dtype}: scales of scheme {p.scheme}"
-    return None
-
-
 def _missing(rank: int, missing: Sequence[tuple[Pair, Key]], present: Sequence[Key], total: int) -> Finding:
     """The first pair that is not here; its scales are blamed where its row came without them."""
     pair, key = missing[0]
     same = [other for other in present if other.row == key.row]
-    tensor, hint = "rows", ""
+    tensor, hint = "rows", NOWHERE
     if any(other.expert == key.expert and other.weight == key.weight for other in same):
         tensor, hint = "row_scales", "; the row is here, with other scales"
     elif any(other.expert == key.expert for other in same):
@@ -104,6 +92,26 @@ def _missing(rank: int, missing: Sequence[tuple[Pair, Key]], present: Sequence[K
     words = f"no row here holds token {pair.token} of rank {pair.source}, slot {pair.slot}{hint}"
     where = {"token": pair.token, "slot": pair.slot, "expert": pair.expert, "rank": rank}
     return Finding(Stage.DISPATCH, tensor, words, bad=len(missing), total=total, **where)  # type: ignore[arg-type]
+
+
+def _quantised_otherwise(
+    found: Finding, view: RankExpectation, missing: tuple[Pair, Key], left: Sequence[tuple[Key, Place]], shown: Shown
+) -> Finding:
+    """The finding as one of QUANT1, where a row that nobody sent stands for the missing token all the same: in other codes."""
+    pair, key = missing
+    places = [place for other, place in left if other.expert == key.expert]
+    if view.operand is None or not places:
+        return found
+    n = view.pairs.index(pair)
+    got, want = received_operand(view, shown, places), view.operand
+    distance = (got.values - want.values[n]).abs().amax(dim=1).nan_to_num(nan=torch.inf)
+    nearest = int(distance.argmin())
+    if not float(distance[nearest]) <= NEAR * float(want.values[n].abs().max()):
+        return found
+    codes, scales = got.q[nearest] != want.q[n], got.s[min(nearest, len(got.s) - 1)] != want.s[min(n, len(want.s) - 1)]
+    words = f"token {pair.token} of rank {pair.source} came in other codes: {int(codes.sum())} of {codes.numel()} differ"
+    words += f", and {int(scales.sum())} of {scales.numel()} scales"
+    return replace(found, stage=Stage.QUANT1, message=words)
 
 
 def _contiguous_keys(shown: Shown) -> list[tuple[Key, Place]]:

@@ -62,13 +62,21 @@ def identify(rows: Tensor) -> list[tuple[int, int] | None]:
 
 def check_identity(rank: int, pairs: Sequence[Pair], rows: Tensor, ids: Tensor) -> list[Finding]:
     """Rows (n, H) with their live ids (n, K), of a tagged call: exactly the (source, token, expert) triples of `pairs`."""
-    triples = torch.tensor([(p.source, p.token, p.expert) for p in pairs], dtype=torch.int64).view(-1, 3)
-    return check_delivery(rank, triples, rows, ids)
+    return check_delivery(rank, triples_of(pairs), rows, ids)
+
+
+def triples_of(pairs: Sequence[Pair]) -> Tensor:
+    """int64 (pairs, 3): source, token, expert."""
+    return torch.tensor([(p.source, p.token, p.expert) for p in pairs], dtype=torch.int64).view(-1, 3)
 
 
 def check_delivery(rank: int, triples: Tensor, rows: Tensor, ids: Tensor) -> list[Finding]:
     """Rows (n, H) with their live ids (n, K), of a tagged call: exactly these (source, token, expert), int64 (m, 3)."""
-    names = identities(rows)
+    return check_names(rank, triples, identities(rows), ids)
+
+
+def check_names(rank: int, triples: Tensor, names: Tensor, ids: Tensor) -> list[Finding]:
+    """The same of rows whose (rank, token) are known: int64 (n, 2), (-1, -1) where a row is nobody's."""
     row, slot = (ids >= 0).nonzero(as_tuple=True)
     got = torch.cat([names[row], ids[row, slot].long()[:, None]], dim=1)
     if bool((nobody := got[:, 0] < 0).any()):

@@ -52,11 +52,7 @@ def quantised_outputs(
     shards = [[_nothing(home) for _ in range(world.tp)] for home in homes]
     for rank, (pairs, operand) in enumerate(zip(at, operands, strict=True)):
         here = alone(ranks[rank], pairs, pair_rows(world, ranks, pairs))
-        if operand is None:
-            rows = quantised_rows(here)
-        else:
-            rows = decoded(operand)
-            rows = replace(rows, values=rows.values[:, None])
+        rows = quantised_rows(here) if operand is None else decoded(operand).in_slots(1)
         y = quantised_experts(here, claims, rows)[2]
         for pair, value, variance in zip(pairs, y.value, y.variance, strict=True):
             back = shards[pair.source][world.grid.tp_rank(rank)]
@@ -114,7 +110,8 @@ def combine_shards(home: Inputs, y_shards: Sequence[Tensor], fmt: Format, claims
     sums = [routed_sum(home, y) for y in y_shards]
     exact = torch.stack([s[0] for s in sums]).sum(dim=0) * p.scale_on_sum
     magnitude = torch.stack([s[1] for s in sums]).sum(dim=0) * abs(p.scale_on_sum)
-    quantum = min(s[2] for s in sums) if p.scale_on_sum == 1.0 else 0.0
+    finest = torch.stack([torch.as_tensor(s[2], dtype=torch.float64, device=home.device) for s in sums]).amin(dim=0)
+    quantum = finest if p.scale_on_sum == 1.0 else 0.0
     error = combine_error(magnitude, p.slots * len(sums) + 1, quantum, fmt, claims)
     shared = shared_expert(home, claims)
     if shared is not None:
