@@ -2,7 +2,7 @@
 
     python ci/simulated_ranks.py [--count 300] [--output docs/results/simulated-ranks.json]
 
-One call of a pair on one world is one judgement; all ranks' tensors are judged (harness.rank_checks). tests/ranks runs a part.
+One call of a pair on one world is one judgement; all ranks' tensors are judged (harness.ranks.checks). tests/ranks runs a part.
 """
 
 from __future__ import annotations

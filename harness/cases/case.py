@@ -63,12 +63,13 @@ RELATIONS = {
     "relabel": "experts under other numbers give the same result",
     "flip": "slots in reverse order give the same result, up to the order of a sum",
     "double": "weights times two give twice the result, bit for bit",
+    "ranks": "the tokens of each rank on another rank give the same rows there (several ranks)",
 }
 HISTORIES = {
     "none": "nothing happens between the calls",
     "interleave": "other cases run between two calls, which must agree",
     "stream": "the call runs on a side stream while the default stream is busy (GPU)",
-    "graph": "the call is captured, and replayed with other inputs and allocator churn (GPU)",
+    "graph": "the call is captured, and replayed with other inputs and allocator churn (GPU; on CPU ranks, called again)",
 }
 _RECIPES = {
     "values": VALUES,
@@ -179,6 +180,13 @@ class Case:
             check(linear, "relation=double needs a result linear in the weights: no weight_on_input, shared or latent_norm")
         if self.relation == "duplicate":
             check(not p.capacity, "relation=duplicate doubles the rows: it needs capacity=0")
+        if self.relation == "split":
+            shared = [q for q in (p.quant.a1, p.quant.a2) if q is not None and not q.by_token and not q.static]
+            check(not shared, f"relation=split: scheme {p.scheme} has one scale for all tokens, which half of them change")
+        if self.relation == "ranks":
+            check(self.ranks > 1, "relation=ranks moves tokens from rank to rank: it needs ranks > 1")
+            check(self.world.distinct, "relation=ranks needs each token on one rank only: tp=1, or sp=1")
+            check(not self.redundant, "relation=ranks: a token's replica depends on its rank, so redundant must be 0")
         check(self.relation == "none" or not self.huge, "relation and huge=1 do not go together")
 
     def __str__(self) -> str:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 
 from moeproof.harness.cases.generator import Stream
+from moeproof.harness.cases.recipes import place
 from moeproof.reference.contract.problem import Problem
 from moeproof.reference.contract.schemes import ALL, Quantiser
 
@@ -73,7 +74,7 @@ def _sparse(s: Stream, rows: int, free: Tensor, cols: int, per_row: int) -> Tens
     out = torch.zeros(rows, cols, dtype=torch.float64, device=s.device)
     if free.numel():
         sign = s.integers(0, 2, rows, per_row).double() * 2 - 1
-        out.scatter_(1, free[s.integers(0, free.numel(), rows, per_row)], sign)
+        place(out, free[s.integers(0, free.numel(), rows, per_row)], sign)
     return out
 
 

@@ -139,8 +139,18 @@ def _sparse(s: Stream, rows: int, cols: int, per_row: int, low: int, high: int) 
     out = torch.zeros(rows, cols, dtype=torch.float64, device=s.device)
     columns = s.integers(0, cols, rows, per_row)
     values = s.integers(low, high, rows, per_row)
-    values = torch.where(values == 0, high - 1, values)
-    return out.scatter_(1, columns, values.double())
+    values = torch.where(values == 0, high - 1, values).double()
+    return place(out, columns, values)
+
+
+def place(out: Tensor, columns: Tensor, values: Tensor) -> Tensor:
+    """`values` (rows, n) at `columns` (rows, n) of `out`, one column after the other: where two meet, the later one wins.
+
+    One scatter of all would leave that open on a GPU, and the same case would have other weights there than on a CPU.
+    """
+    for n in range(columns.shape[1]):
+        out.scatter_(1, columns[:, n : n + 1], values[:, n : n + 1])
+    return out
 
 
 def sat_x(p: Problem, s: Stream) -> Tensor:

@@ -14,8 +14,10 @@ from moeproof.reference.ranks.split import rank_inputs
 
 
 def whole_case(case: Case) -> Case:
-    """The same layer on one rank: what the ranks together must compute."""
-    return replace(case, ranks=1, spread="even", tp=1, sp=0, redundant=0)
+    """The same layer on one rank, in one plain call: what the ranks together must compute."""
+    if case.ranks == 1:
+        return case
+    return replace(case, ranks=1, spread="even", tp=1, sp=0, redundant=0, relation="none", history="none")
 
 
 def make_world_inputs(case: Case, device: torch.device | str = "cpu") -> list[Inputs]:

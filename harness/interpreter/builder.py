@@ -18,6 +18,7 @@ import triton.language as tl
 from triton.runtime import interpreter as stock
 
 from moeproof.harness.interpreter import numerics as numerics
+from moeproof.harness.interpreter import speed as interpreter_speed
 from moeproof.harness.interpreter.memory import KernelFault, Launch, sessions
 
 Handle = Any  # triton.runtime.interpreter.TensorHandle
@@ -69,6 +70,7 @@ class Builder(stock.InterpreterBuilder):
     """What a kernel's operations turn into."""
 
     launch: Launch | None = None
+    patched: frozenset[str] = frozenset()  # names of the modules that speak the interpreter's language in this launch
     _atomic: bool | None = None  # inside an atomic load, store or poll: whether it orders programs
 
     # Programs. The executor walks the grid in its natural order; the launch says which program stands there.
@@ -277,6 +279,7 @@ class Executor(stock.GridExecutor):
         args, kwargs = super()._init_args_hst(args_dev, kwargs)
         arguments = inspect.getcallargs(self.fn, *args, **kwargs)
         stock.interpreter_builder.launch = Launch(self.fn.__name__, arguments, sessions[-1])
+        stock.interpreter_builder.patched = frozenset()
         return args, kwargs
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
@@ -303,6 +306,12 @@ def _fault_behind(error: BaseException | None) -> KernelFault | None:
     return error
 
 
+@functools.cache
+def _languages(fn: Any) -> frozenset[str]:
+    """Which of triton.language and its core a device function sees in its globals."""
+    return frozenset(value.__name__ for value in fn.__globals__.values() if value is tl or value is tl.core)
+
+
 class _FormatName(str):
     """A dot_scaled format: Triton 3.6 and 3.7 ask for its `.value`, which the plain string of a kernel lacks."""
 
@@ -321,6 +330,7 @@ def install() -> None:
     builder.options = dataclasses.replace(builder.options, debug=True, sanitize_overflow=False)
     stock.ReduceOps, stock.ScanOps, stock.GridExecutor = Reduce, Scan, Executor
     _repair_language(builder)
+    interpreter_speed.install()
 
 
 def _repair_language(builder: Builder) -> None:
@@ -351,5 +361,16 @@ def _repair_language(builder: Builder) -> None:
         args = tuple(_FormatName(arg) if isinstance(arg, str) else arg for arg in args)
         return stock_dot_scaled(self, *args, **more)
 
+    stock_lang = stock._patch_lang
+
+    def patch_lang(fn: Any) -> Any:
+        """Once for each launch. The stock code does it again at every call of a device function: a third of all time."""
+        languages = _languages(fn)
+        if builder.launch is not None and languages and languages <= builder.patched:
+            return stock._LangPatchScope()
+        builder.patched |= languages
+        return stock_lang(fn)
+
+    stock._patch_lang = patch_lang
     stock._implicit_cvt, stock._patch_lang_tensor, stock._patch_lang_core = convert, patch_tensor, patch_core
     stock.TritonSemantic.dot_scaled = dot_scaled

@@ -7,7 +7,7 @@ results that are mathematically the right one (a rolled batch of one token) are 
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -34,20 +34,30 @@ SAME = 2.0**-40
 def blind(trial: Trial) -> list[str]:
     """Why a PASS of this trial would mean nothing, in words; empty where it means something."""
     shown = tuple((n, trial.shown[n].dtype) for n in JUDGED if n in trial.shown)
-    return list(_blind(trial.case, trial.device, trial.candidate.claims, shown))
+    return blind_case(trial.case, trial.candidate.claims, shown, trial.device)
+
+
+def blind_case(case: Case, claims: Claims, shown: Sequence[tuple[str, torch.dtype]], device: str = "cpu") -> list[str]:
+    """The same for whoever showed these tensors in these dtypes on the case."""
+    return list(_blind(case, device, claims, tuple(shown)))
 
 
 @functools.lru_cache(maxsize=64)
 def _blind(case: Case, device: str, claims: Claims, shown: tuple[tuple[str, torch.dtype], ...]) -> tuple[str, ...]:
-    """Worked out once for all candidates that claim and show the same, from what a perfect one would show."""
-    expect = expectation_of(case, device, claims)
+    """Worked out once for all candidates that claim and show the same."""
+    reasons = blind_spots(expectation_of(case, device, claims), shown)
+    return (*reasons, *lint(case, device)) if reasons else ()
+
+
+def blind_spots(expect: Expectation, shown: Sequence[tuple[str, torch.dtype]]) -> list[str]:
+    """The same of any expectation, from what a perfect candidate would show of these tensors in these dtypes."""
     perfect = {name: _perfect(expect.chained(name), dtype) for name, dtype in shown}
-    reasons = []
+    spots = []
     for name, _ in shown:
         accepted = accepts(name, perfect, expect)
         if accepted:
-            reasons.append(f"{name} would pass for {', '.join(accepted)}")
-    return (*reasons, *lint(case, device)) if reasons else ()
+            spots.append(f"{name} would pass for {', '.join(accepted)}")
+    return spots
 
 
 def _perfect(value: Value, dtype: torch.dtype) -> Tensor:

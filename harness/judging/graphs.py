@@ -44,7 +44,7 @@ def replay_graph(trial: Trial) -> Ruling | None:
         plain = run_once(trial.candidate, inputs, PATTERNS[0])
         if ruling := failed(plain):
             return ruling
-        _load(static, inputs)
+        load(static, inputs)
         if not trial.case.problem.inplace:
             for t in shown.values():
                 if t.is_contiguous():
@@ -69,7 +69,7 @@ def _other(trial: Trial, turn: int) -> Inputs:
     return make_inputs(case, trial.device)
 
 
-def _load(static: Inputs, inputs: Inputs) -> None:
+def load(static: Inputs, inputs: Inputs) -> None:
     """Overwrite the captured inputs in place."""
     new = dict(inputs.tensors())
     for name, t in static.tensors():

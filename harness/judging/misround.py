@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
+from moeproof.harness.judging.compare import Comparison
 from moeproof.harness.judging.expect import Shown
 from moeproof.harness.verdict import Finding
 from moeproof.reference.contract.schemes import Format
@@ -26,6 +28,11 @@ from moeproof.reference.oracle.value import Value
 Tensor = torch.Tensor
 GROUP = 16
 """Columns that are counted together: what one lane or fragment of a kernel writes."""
+
+
+def counted(judged: Comparison, name: str, got: Tensor, want: Value) -> Comparison:
+    """The comparison, with the misrounding count where every element is within its bound."""
+    return judged if judged.findings else replace(judged, findings=tuple(count_misrounded({name: got}, {name: want})))
 
 
 def count_misrounded(shown: Shown, values: Mapping[str, Value]) -> list[Finding]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 
@@ -78,8 +77,7 @@ def _rows(inputs: Inputs, shown: Shown) -> Operand:
     if p.quant.a1 is None:
         return plain(input_rows(inputs, inputs.hidden_states), p.fmt)
     own = shown1(inputs, shown["xq"], shown["xs"]) if "xq" in shown and "xs" in shown else quant1(inputs)
-    x = decoded(own)
-    return replace(x, values=x.values[:, None, :].expand(*inputs.topk_ids.shape, -1))
+    return decoded(own).in_slots(inputs.topk_ids.shape[1])
 
 
 def _hidden(inputs: Inputs, shown: Shown) -> Operand:

@@ -75,7 +75,12 @@ def _relabelled(inputs: Inputs, s: Stream) -> Inputs:
 
 
 def _expert_tensors(inputs: Inputs) -> list[tuple[str, Tensor]]:
-    return [(n, t) for n, t in inputs.tensors() if n in ("w1", "w2", "b1", "b2")]
+    """What has a row for each expert: weights with their scales, zero points and biases, and global scales of h."""
+    owned = [(n, t) for n, t in inputs.tensors() if n.startswith(("w1", "w2", "b1", "b2"))]
+    a2 = inputs.problem.quant.a2
+    if a2 is not None and a2.two_level and inputs.a2_scale is not None:
+        owned.append(("a2_scale", inputs.a2_scale))
+    return owned
 
 
 def _like(template: Tensor, values: Tensor) -> Tensor:
@@ -137,7 +142,7 @@ def related(trial: Trial) -> Ruling | None:
         fmt = changed.problem.fmt
         exact = relation.bitwise(trial)
         if exact:
-            allowed = _scaling_error(want, fmt) if name == "double" else torch.zeros_like(want)
+            allowed = scaling_error(want, fmt) if name == "double" else torch.zeros_like(want)
         value = Value(want, allowed, None, fmt)
         result = compare("out", run.shown["out"], value)
         trial.tally.add(result.checked)
@@ -146,7 +151,7 @@ def related(trial: Trial) -> Ruling | None:
     return None
 
 
-def _scaling_error(doubled: Tensor, fmt: Format) -> Tensor:
+def scaling_error(doubled: Tensor, fmt: Format) -> Tensor:
     """Scaling by two is exact for normal numbers. Below them twice the rounding of y is up to 3/2 steps off that of 2 y."""
     least = 2.0**fmt.emin
     return torch.where(doubled.abs() < 2 * least, 1.5 * least * 2.0**-fmt.bits, 0.0)

@@ -46,7 +46,7 @@ def run_once(candidate: Candidate, inputs: Inputs, pattern: str) -> Run:
         return _raised(error)
     shown = {"out": returned} if isinstance(returned, Tensor) else returned
     findings = _contract(candidate, shown, given)
-    findings += _damage(given, shown if isinstance(shown, Mapping) else {}, guards, poison)
+    findings += damage(given, shown if isinstance(shown, Mapping) else {}, guards, poison)
     if findings:
         return Run({}, tuple(findings))
     return Run({name: t.clone() for name, t in shown.items()})
@@ -101,7 +101,7 @@ def _wrong_dtype(name: str, t: Tensor, given: Inputs) -> str | None:
     return None if t.dtype in allowed else f"is {t.dtype}, must be {names}"
 
 
-def _damage(given: Inputs, shown: Mapping[str, Tensor], guards: list[Guarded], poison: Poison) -> list[Finding]:
+def damage(given: Inputs, shown: Mapping[str, Tensor], guards: list[Guarded], poison: Poison) -> list[Finding]:
     findings = []
     inplace = given.problem.inplace
     for guard in guards:

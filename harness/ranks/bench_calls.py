@@ -1,7 +1,7 @@
 """What the benchmark of ranks calls on each of them: a pair's prepare and finalize, or the raw collectives beside them.
 
 Each has dispatch() and combine(), in turn, and says what is wrong with what the last of each left here. Payloads are tags
-(harness.rank_tags), so every row is held against who it must be, at the size that is timed.
+(harness.ranks.tags), so every row is held against who it must be, at the size that is timed.
 """
 
 from __future__ import annotations

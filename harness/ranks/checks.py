@@ -1,6 +1,6 @@
 """All ranks' shown tensors against the world's expectation: pure functions, whatever carried the bytes.
 
-What a rank shows is rank_pairs.SHOWN. Every rank is judged and every finding names its rank. Experts are judged on the rows
+What a rank shows is ranks.pairs.SHOWN. Every rank is judged and every finding names its rank. Experts are judged on the rows
 that the candidate itself dispatched, COMBINE on the y that it itself computed, so the first red stage is the guilty one.
 """
 
@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 
 from moeproof.harness.judging.compare import Comparison, compare
+from moeproof.harness.judging.misround import counted
 from moeproof.harness.ranks.experts import gathered, judge_experts
 from moeproof.harness.ranks.received import Shown
 from moeproof.harness.ranks.rows import Matched, Sources, match_rows
@@ -128,7 +129,7 @@ def _out(expect: WorldExpectation, shown: Sequence[Shown], matched: list[Matched
     wants = _isolated(expect, shown, matched) or [view.out for view in expect.ranks]
     parts = []
     for rank, (want, tensors) in enumerate(zip(wants, shown, strict=True)):
-        judged = compare("out", tensors["out"], want)
+        judged = counted(compare("out", tensors["out"], want), "out", tensors["out"], want)
         parts.append(replace(judged, findings=tuple(replace(f, rank=rank) for f in judged.findings)))
     return {"out": _merged(parts)}
 

@@ -10,6 +10,7 @@ import torch
 from moeproof.harness.judging import quant_expect
 from moeproof.harness.judging.compare import Comparison, compare
 from moeproof.harness.judging.expect import shapes
+from moeproof.harness.judging.misround import counted
 from moeproof.harness.ranks.received import Shown, at_rows, pick, received_operand
 from moeproof.harness.ranks.rows import Matched
 from moeproof.harness.verdict import Finding
@@ -74,7 +75,7 @@ def _judged(here: Inputs, operand: Quantised | None, own: Shown, claims: Claims)
             want = quant_expect.product(here, "y", own, fmt, claims)
         else:
             want = gemm2(here, own["h"], fmt, claims)
-        results.append(compare("y", own["y"], want, ids))
+        results.append(counted(compare("y", own["y"], want, ids), "y", own["y"], want))
     return results
 
 
@@ -82,9 +83,7 @@ def _chained(here: Inputs, operand: Quantised | None, claims: Claims) -> Mapping
     """h and y with the bound propagated from the rows that came."""
     if not here.problem.quant.quantised:
         return spreads(here, claims)
-    rows = quantised_rows(here) if operand is None else decoded(operand)
-    if operand is not None:
-        rows = replace(rows, values=rows.values[:, None])
+    rows = quantised_rows(here) if operand is None else decoded(operand).in_slots(1)
     return dict(zip(("gate_up", "h", "y"), quantised_experts(here, claims, rows), strict=True))
 
 

@@ -40,20 +40,33 @@ def support(pair: RankPair, world: World, transport: str) -> str | None:
     return pair.supports(world)
 
 
+class RankLayer:
+    """One instance of a pair on one rank, called as a layer is; made for the inputs of its first call."""
+
+    def __init__(self, pair: RankPair, first: Inputs, world: World, link: Link) -> None:
+        self.pair = pair
+        self.parts = Tap(pair.prepare_finalize(first, world, link), ("prepare",))
+        self.experts = Tap(pair.experts(first), ("apply",))
+        self.kernel = pair.kernel(self.parts, self.experts)  # type: ignore[arg-type]
+
+    def __call__(self, inputs: Inputs) -> dict[str, Tensor]:
+        """What a forward call shows (SHOWN): `out` itself, and copies of what passed between the parts."""
+        self.parts.calls.clear()
+        self.experts.calls.clear()
+        out = forward(self.kernel, inputs, self.parts.topk_indices_dtype())
+        return _passed(self.pair, self.parts, self.experts) | {"out": out}
+
+
 def run_rank(pair: RankPair, calls: Sequence[Inputs], world: World, link: Link) -> list[dict[str, Tensor]]:
-    """This rank's forward calls in turn, on one instance of the pair, as a layer is called. What each showed (SHOWN).
+    """This rank's forward calls in turn, on one instance of the pair. What each showed (SHOWN).
 
     Every rank of the link must run the same calls. Raises what the candidate raises.
     """
-    prepare_finalize = Tap(pair.prepare_finalize(calls[0], world, link), ("prepare",))
-    experts = Tap(pair.experts(calls[0]), ("apply",))
-    kernel = pair.kernel(prepare_finalize, experts)  # type: ignore[arg-type]
+    layer = RankLayer(pair, calls[0], world, link)
     shown = []
     for inputs in calls:
-        prepare_finalize.calls.clear()
-        experts.calls.clear()
-        out = forward(kernel, inputs, prepare_finalize.topk_indices_dtype())
-        shown.append(_passed(pair, prepare_finalize, experts) | {"out": out.clone()})
+        tensors = layer(inputs)
+        shown.append(tensors | {"out": tensors["out"].clone()})
     return shown
 
 

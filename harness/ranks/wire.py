@@ -17,7 +17,7 @@ def dumps(message: object) -> bytes:
     """
     buffer = io.BytesIO()
     pickler = ForkingPickler(buffer)
-    pickler.dispatch_table = {**copyreg.dispatch_table, torch.Tensor: _by_value}
+    pickler.dispatch_table = {**copyreg.dispatch_table, torch.Tensor: _parts}
     pickler.dump(message)
     return buffer.getvalue()
 
@@ -26,12 +26,13 @@ def loads(data: bytes) -> Any:
     return ForkingPickler.loads(data)
 
 
-def _by_value(t: torch.Tensor) -> Any:
-    """Narrow floats go as bytes: torch (2.11) pickles what it cannot read again."""
-    if not (t.dtype.is_floating_point and t.dtype.itemsize == 1):
+def _parts(t: torch.Tensor) -> Any:
+    """How to make a tensor anew. Codes of 8 bits go as bytes: torch writes dtypes that it cannot read back from a pickle."""
+    if t.dtype.itemsize > 1 or not t.dtype.is_floating_point:
         return t.__reduce_ex__(2)
-    return _from_bytes, (t.contiguous().view(torch.uint8), t.dtype)
+    plain = t.detach().clone(memory_format=torch.contiguous_format).view(torch.uint8)
+    return _from_bytes, (plain, t.dtype)
 
 
-def _from_bytes(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return codes.view(dtype)
+def _from_bytes(plain: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return plain.view(dtype)

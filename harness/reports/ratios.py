@@ -42,8 +42,7 @@ def sum_ratio(inputs: Inputs) -> tuple[float, int]:
         return 0.0, 0
     x = plain(input_rows(inputs, inputs.hidden_states), p.fmt)
     if p.quant.a1 is not None:
-        q = decoded(quant1(inputs))
-        x = replace(q, values=q.values[:, None, :].expand(*inputs.topk_ids.shape, -1))
+        x = decoded(quant1(inputs)).in_slots(inputs.topk_ids.shape[1])
     exact, error = grouped(inputs, "w1", x, inputs.b1, Claims(), p.N)
     got = quant_layer.run(wide, quant1_input(inputs).float(), local_ids(inputs))["gate_up"].double()
     bounded = (error > 0) & live_slots(inputs)[..., None]

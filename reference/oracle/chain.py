@@ -8,7 +8,7 @@ through a GEMM by its squared weights and through the activation by its own fini
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -39,7 +39,8 @@ class Spread:
 
     @property
     def allowed(self) -> Tensor:
-        return SIGMAS * self.variance.sqrt()
+        # Where a sum may have left float32's range its variance is infinite, and infinity times a weight of 0 is not 0 either.
+        return (SIGMAS * self.variance.sqrt()).nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
 def known(x: Tensor) -> Spread:
@@ -104,8 +105,7 @@ def quantised_rows(inputs: Inputs) -> Operand:
     """(T, K, H): what GEMM1 reads where weights are quantised, x itself or the codes of QUANT1."""
     if inputs.problem.quant.a1 is None:
         return plain(input_rows(inputs, inputs.hidden_states), inputs.problem.fmt)
-    x = decoded(quant1(inputs))
-    return replace(x, values=x.values[:, None, :].expand(*inputs.topk_ids.shape, -1))
+    return decoded(quant1(inputs)).in_slots(inputs.topk_ids.shape[1])
 
 
 def quantised_experts(inputs: Inputs, claims: Claims, rows: Operand) -> tuple[Spread, Spread, Spread]:

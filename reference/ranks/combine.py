@@ -52,11 +52,7 @@ def quantised_outputs(
     shards = [[_nothing(home) for _ in range(world.tp)] for home in homes]
     for rank, (pairs, operand) in enumerate(zip(at, operands, strict=True)):
         here = alone(ranks[rank], pairs, pair_rows(world, ranks, pairs))
-        if operand is None:
-            rows = quantised_rows(here)
-        else:
-            rows = decoded(operand)
-            rows = replace(rows, values=rows.values[:, None])
+        rows = quantised_rows(here) if operand is None else decoded(operand).in_slots(1)
         y = quantised_experts(here, claims, rows)[2]
         for pair, value, variance in zip(pairs, y.value, y.variance, strict=True):
             back = shards[pair.source][world.grid.tp_rank(rank)]

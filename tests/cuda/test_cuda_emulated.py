@@ -122,6 +122,11 @@ def caught(fault: Fault, folder: Path, sources: Path) -> bool:
         return judge(candidate, parse_case(fault.case), "cpu").outcome in (Outcome.FAIL, Outcome.FLAKY)
 
 
+def test_a_fault_that_no_verdict_sees_has_a_tool() -> None:
+    assert all(fault.tool for fault in FAULTS if not fault.judged)
+    assert {fault.tool for fault in FAULTS} >= {"memcheck", "racecheck", "initcheck", "synccheck"}
+
+
 @pytest.mark.parametrize("name", SAMPLE)
 def test_planted_fault_is_caught(name: str, folder: Path, tmp_path: Path) -> None:
     fault = next(f for f in FAULTS if f.name == name)
