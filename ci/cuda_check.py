@@ -31,12 +31,13 @@ import deadlines
 from cuda_jobs import faults
 from cuda_timings import copy_bandwidth, timings
 
-from moeproof.harness import modes, results
-from moeproof.harness.case import Case, parse_case
-from moeproof.harness.pairs import as_candidate
-from moeproof.harness.presets import preset
-from moeproof.harness.sample import sample
-from moeproof.harness.tiers import cases_of, preset_cases
+from moeproof.harness import modes
+from moeproof.harness.cases.case import Case, parse_case
+from moeproof.harness.cases.presets import preset
+from moeproof.harness.cases.sample import sample
+from moeproof.harness.cases.tiers import cases_of, preset_cases
+from moeproof.harness.judging.pairs import as_candidate
+from moeproof.harness.reports import results
 from moeproof.optimized.cuda import quant_stages, stages, toolkit
 from moeproof.optimized.cuda.build import build_all
 from moeproof.optimized.cuda.candidates import MIXES, QUANT_MIXES, candidates

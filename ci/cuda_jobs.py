@@ -18,10 +18,10 @@ import cuda_faults as faults
 import cuda_strides as strides
 
 from moeproof.harness import modes
-from moeproof.harness.case import parse_case
-from moeproof.harness.inputs import make_inputs
-from moeproof.harness.judge import judge
-from moeproof.harness.pairs import as_candidate
+from moeproof.harness.cases.case import parse_case
+from moeproof.harness.cases.inputs import make_inputs
+from moeproof.harness.judging.judge import judge
+from moeproof.harness.judging.pairs import as_candidate
 from moeproof.harness.verdict import Outcome, Verdict
 from moeproof.optimized.cuda import stages, toolkit
 from moeproof.optimized.cuda.build import build_all

@@ -18,8 +18,8 @@ import torch
 from cuda_jobs import faults, planted
 
 from moeproof.harness import modes
-from moeproof.harness.case import parse_case
-from moeproof.harness.inputs import make_inputs
+from moeproof.harness.cases.case import parse_case
+from moeproof.harness.cases.inputs import make_inputs
 from moeproof.optimized.align import Alignment
 from moeproof.optimized.cuda import dispatch, grouped_gemm, quant_stages, stages
 from moeproof.optimized.cuda.align import batch_rows

@@ -18,7 +18,7 @@ from multiprocessing.context import ForkServerProcess
 
 import torch
 
-PRELOAD = ["torch", "moeproof.harness.judge", "moeproof.optimized.cuda.candidates"]
+PRELOAD = ["torch", "moeproof.harness.judging.judge", "moeproof.optimized.cuda.candidates"]
 Row = dict[str, object]
 Job = Callable[[], Row]
 """Picklable: a function of a module, or a functools.partial of one."""

@@ -8,8 +8,8 @@ from types import ModuleType
 import cuda_emulator
 import pytest
 
-from moeproof.harness.pairs import as_candidate
-from moeproof.harness.presets import PRESETS, preset
+from moeproof.harness.cases.presets import PRESETS, preset
+from moeproof.harness.judging.pairs import as_candidate
 from moeproof.harness.registry import load_candidates
 from moeproof.optimized import candidates as triton
 from moeproof.optimized.cuda import candidates as cuda

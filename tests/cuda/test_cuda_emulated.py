@@ -11,8 +11,8 @@ from cuda_emulator import COMPILER, emulated_candidates, emulating
 from cuda_faults import FAULTS, WIDE, Fault, plant
 from cuda_strides import checks
 
-from moeproof.harness.case import parse_case
-from moeproof.harness.judge import judge
+from moeproof.harness.cases.case import parse_case
+from moeproof.harness.judging.judge import judge
 from moeproof.harness.verdict import Outcome
 from moeproof.optimized import align as triton
 from moeproof.optimized.cuda import align as cuda
