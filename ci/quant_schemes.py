@@ -25,10 +25,11 @@ from typing import Any
 
 import torch
 
-from moeproof.harness import modes, results, workers
-from moeproof.harness.quant_campaign import CANDIDATES, PROBE, Row, judge_piece, lost
-from moeproof.harness.quant_sample import QUANTISED
+from moeproof.harness import modes, workers
+from moeproof.harness.cases.quant_sample import QUANTISED
+from moeproof.harness.judging.quant_campaign import CANDIDATES, PROBE, Row, judge_piece, lost
 from moeproof.harness.registry import load_candidates
+from moeproof.harness.reports import results
 from moeproof.reference.contract import Candidate
 from moeproof.reference.contract.problem import LAYOUTS
 

@@ -2,7 +2,7 @@
 
     python ci/simulated_ranks.py [--count 300] [--output docs/results/simulated-ranks.json]
 
-One call of a pair on one world is one judgement; all ranks' tensors are judged (harness.rank_checks). tests/ranks runs a part.
+One call of a pair on one world is one judgement; all ranks' tensors are judged (harness.ranks.checks). tests/ranks runs a part.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from moeproof.harness import results
-from moeproof.harness.case import Case
-from moeproof.harness.inputs import make_inputs
-from moeproof.harness.rank_checks import WorldExpectation, judge_world
-from moeproof.harness.rank_pairs import run_rank, support
+from moeproof.harness.cases.case import Case
+from moeproof.harness.cases.inputs import make_inputs
+from moeproof.harness.cases.world_sample import world_sample
+from moeproof.harness.cases.worlds import make_world_inputs, whole_case
+from moeproof.harness.ranks.checks import WorldExpectation, judge_world
+from moeproof.harness.ranks.pairs import run_rank, support
 from moeproof.harness.registry import find_rank_pairs
-from moeproof.harness.world_sample import world_sample
-from moeproof.harness.worlds import make_world_inputs, whole_case
+from moeproof.harness.reports import results
 from moeproof.reference.contract import RankPair
 from moeproof.reference.eager.ranks_link import on_threads
 
@@ -43,7 +43,7 @@ def judge(pair: RankPair, case: Case) -> tuple[str, int, float, str]:
     errors = [f"{type(r).__name__}: {r}" for r in shown if isinstance(r, Exception)]
     if errors:
         return "error", 0, 0.0, errors[0]
-    expect = WorldExpectation(case.world, make_inputs(whole_case(case)), pair.claims)
+    expect = WorldExpectation(case.world, make_inputs(whole_case(case)), pair.claims, pair.quant1)
     judged = judge_world(expect, [rank[0] for rank in shown])
     checked, ratio = sum(c.checked for c in judged.values()), max(c.ratio for c in judged.values())
     findings = [str(f) for c in judged.values() for f in c.findings]

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from moeproof.harness.pairs import as_candidate
+from moeproof.harness.judging.pairs import as_candidate
 from moeproof.reference.contract.candidate import Candidate, Pair, RankPair
 from moeproof.reference.contract.errors import ContractError, check
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from moeproof.harness.cases.tiers import cases_of
 from moeproof.harness.faults import page
 from moeproof.harness.faults.catalogue import CATALOGUE, by_id
 from moeproof.harness.faults.fault import Fault
@@ -18,7 +19,6 @@ from moeproof.harness.faults.healthy import Healthy, healthy
 from moeproof.harness.faults.run import Hunt, hunts_of
 from moeproof.harness.faults.side_by_side import Row, on_our_inputs, on_their_recipe
 from moeproof.harness.faults.suites import SUITES
-from moeproof.harness.tiers import cases_of
 
 TIER = "full"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moeproof.harness.case import Case
+from moeproof.harness.cases.case import Case
 from moeproof.harness.faults.fault import Fault
 from moeproof.harness.faults.run import QUIET, ground_of, judged
 from moeproof.harness.verdict import Outcome

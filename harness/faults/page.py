@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from moeproof.harness import results
 from moeproof.harness.faults.fault import GROUNDS, Fault
 from moeproof.harness.faults.healthy import Healthy
 from moeproof.harness.faults.run import Hunt
 from moeproof.harness.faults.side_by_side import Row
-from moeproof.harness.report import console, print_json
+from moeproof.harness.reports import results
+from moeproof.harness.reports.report import console, print_json
 
 
 def of_class(fault: Fault, hunts: Sequence[Hunt]) -> list[Hunt]:

@@ -7,18 +7,18 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from moeproof.harness.case import Case
-from moeproof.harness.checks import CHECKS, vacuity
+from moeproof.harness.cases.case import Case
+from moeproof.harness.cases.inputs import make_inputs
 from moeproof.harness.faults import ranks
 from moeproof.harness.faults.fault import CHANCES, Dice, Fault, plant
 from moeproof.harness.faults.pipeline import Pipeline, candidate
 from moeproof.harness.faults.place import right_place
 from moeproof.harness.faults.replayed import Replayed
 from moeproof.harness.faults.world import SPLITS, TensorParallel, World, world_candidate
-from moeproof.harness.inputs import make_inputs
-from moeproof.harness.judge import judge
-from moeproof.harness.memory import PATTERNS, Poison, guard_inputs
-from moeproof.harness.sequences import judge_repeats, judge_replay, judge_sequence
+from moeproof.harness.judging.checks import CHECKS, vacuity
+from moeproof.harness.judging.judge import judge
+from moeproof.harness.judging.memory import PATTERNS, Poison, guard_inputs
+from moeproof.harness.judging.sequences import judge_repeats, judge_replay, judge_sequence
 from moeproof.harness.verdict import Finding, Outcome, Verdict
 from moeproof.reference.contract.candidate import Candidate
 from moeproof.reference.contract.inputs import Inputs

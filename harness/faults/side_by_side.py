@@ -8,16 +8,16 @@ from dataclasses import dataclass
 
 import torch
 
-from moeproof.harness.case import parse_case
-from moeproof.harness.compare import null_kernels
+from moeproof.harness.cases.case import parse_case
+from moeproof.harness.cases.inputs import make_inputs
 from moeproof.harness.faults.catalogue import CATALOGUE, by_id
 from moeproof.harness.faults.fault import Fault, plant
 from moeproof.harness.faults.pipeline import CLAIMS, Pipeline
 from moeproof.harness.faults.rules import RULES, Rule
 from moeproof.harness.faults.run import Hunt, ground_of
 from moeproof.harness.faults.suites import Suite, make
-from moeproof.harness.inputs import make_inputs
-from moeproof.harness.memory import Poison, guard_inputs
+from moeproof.harness.judging.compare import null_kernels
+from moeproof.harness.judging.memory import Poison, guard_inputs
 from moeproof.reference.contract.inputs import Inputs
 from moeproof.reference.oracle.chain import chain
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from moeproof.harness.generator import Stream
+from moeproof.harness.cases.generator import Stream
 from moeproof.reference.contract.inputs import Inputs
 from moeproof.reference.contract.problem import Problem
 from moeproof.reference.contract.router import Router

@@ -10,8 +10,9 @@ from moeproof.reference.contract.errors import ContractError, check
 from moeproof.reference.contract.grid import Grid
 from moeproof.reference.contract.link import Link
 from moeproof.reference.contract.modular import Prepared
+from moeproof.reference.contract.schemes import QuantScheme
 from moeproof.reference.eager.prepare_finalize import check_output
-from moeproof.reference.eager.ranks_common import Quantise, RankPrepareAndFinalize
+from moeproof.reference.eager.ranks_common import UNQUANTISED, RankPrepareAndFinalize
 from moeproof.reference.eager.ranks_exchange import exchange_counts, start_exchange
 from moeproof.reference.eager.ranks_message import byte_rows
 from moeproof.reference.eager.slots import sum_slots
@@ -49,9 +50,10 @@ class BatchedAllToAll(RankPrepareAndFinalize):
         max_rows: int,
         max_num_tokens: int,
         ids_dtype: torch.dtype | None = None,
-        quantise: Quantise | None = None,
+        scheme: QuantScheme = UNQUANTISED,
+        quant1: str = "source",
     ) -> None:
-        super().__init__(link, grid, max_num_tokens, ids_dtype, quantise)
+        super().__init__(link, grid, max_num_tokens, ids_dtype, scheme, quant1)
         check(max_rows >= 1, f"max_rows={max_rows} must be at least 1")
         check(grid.tp == 1, f"tp={grid.tp}: the batched exchange returns whole rows, it cannot sum shards")
         self.max_rows = max_rows
@@ -73,9 +75,9 @@ class BatchedAllToAll(RankPrepareAndFinalize):
         expert_map: Tensor | None,
         apply_router_weight_on_input: bool,
     ) -> Prepared:
-        """(rows (e, max_rows, H), scales (e, max_rows, G) or None, counts int32 (e,), None, None)."""
+        """(rows (e, max_rows, .), scales (e, max_rows, G), (e, 1, 1) or None, counts int32 (e,), None, None)."""
         self._sent = None
-        rows, scales = self.begin_prepare(
+        payload = self.begin_prepare(
             a1, a1_scale, a2_scale, topk_weights, topk_ids, num_experts, expert_map, apply_router_weight_on_input
         )
         grid, link = self.grid, self.link
@@ -92,21 +94,26 @@ class BatchedAllToAll(RankPrepareAndFinalize):
         slot = torch.full((total,), -1, dtype=torch.int32, device=a1.device)
         slot[where] = (tokens * topk_ids.size(1) + slots).to(torch.int32)
         columns = [slot]
-        for column in [rows] + ([] if scales is None else [scales]):
+        for column in payload.columns:
             source = byte_rows(column)
             spread = torch.zeros(total, source.size(1), dtype=torch.uint8, device=column.device)
             spread[where] = source[tokens]
             columns.append(spread.view(column.dtype).view(total, *column.shape[1:]))
         send, receive = self._splits(region)
         try:
-            slot, rows, *rest = start_exchange(link, columns, send, receive)()
+            slot, *arrived = start_exchange(link, columns, send, receive)()
             occupied = (slot >= 0).view(grid.ranks, -1, region)
             self._check_arrived(occupied, counts_RE)
         except ContractError as error:
             raise self.fail(str(error)) from None
         counts = counts_RE[:, grid.local(link.rank)].sum(dim=0).to(a1.device, torch.int32)
-        placed = [self._placed(column, occupied) for column in (rows, *rest)]
-        return placed[0], placed[1] if rest else None, counts, None, None
+        rows, scales = payload.received(arrived, occupied.flatten())
+        if scales is None:
+            return self._placed(rows, occupied), None, counts, None, None
+        assert self.scheme.a1 is not None
+        beside = self.scheme.a1.by_token or payload.scales is not None
+        placed = self._placed(scales, occupied) if beside else scales.expand(len(counts), 1, 1).contiguous()
+        return self._placed(rows, occupied), placed, counts, None, None
 
     def finalize(
         self,

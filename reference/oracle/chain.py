@@ -20,7 +20,7 @@ from moeproof.reference.oracle import activations
 from moeproof.reference.oracle.bounds import U32, accumulator, combine_error
 from moeproof.reference.oracle.combine import routed_sum, slot_weights
 from moeproof.reference.oracle.experts import by_expert, gemm1_exact, gemm2_exact, input_rows, live_slots, local_ids
-from moeproof.reference.oracle.products import decoded, grouped, plain
+from moeproof.reference.oracle.products import Operand, decoded, grouped, plain
 from moeproof.reference.oracle.quant_stages import quant1, weight
 from moeproof.reference.oracle.requantise import requantised
 from moeproof.reference.oracle.rounding import ulp
@@ -91,7 +91,7 @@ def _experts(inputs: Inputs, x: Spread, claims: Claims) -> tuple[Spread, Spread,
     """gate_up, h and y (T, K, .) of input rows x (T, H)."""
     p, local = inputs.problem, local_ids(inputs)
     if p.quant.quantised:
-        return _quantised_experts(inputs, claims)
+        return quantised_experts(inputs, claims, quantised_rows(inputs))
     gate_up = _spread(*gemm1_exact(inputs, x.value, claims), p.fmt)
     if bool(x.variance.any()):
         rows = x.variance[:, None, :].expand(*local.shape, -1)
@@ -101,13 +101,16 @@ def _experts(inputs: Inputs, x: Spread, claims: Claims) -> tuple[Spread, Spread,
     return gate_up, h, Spread(y.value, y.variance + _weighted(h.variance, inputs.w2, local))
 
 
-def _quantised_experts(inputs: Inputs, claims: Claims) -> tuple[Spread, Spread, Spread]:
-    """gate_up, h and y of the quantised experts. xq is exact; h is not, so its codes may flip: `requantised`."""
+def quantised_rows(inputs: Inputs) -> Operand:
+    """(T, K, H): what GEMM1 reads where weights are quantised, x itself or the codes of QUANT1."""
+    if inputs.problem.quant.a1 is None:
+        return plain(input_rows(inputs, inputs.hidden_states), inputs.problem.fmt)
+    return decoded(quant1(inputs)).in_slots(inputs.topk_ids.shape[1])
+
+
+def quantised_experts(inputs: Inputs, claims: Claims, rows: Operand) -> tuple[Spread, Spread, Spread]:
+    """gate_up, h and y of the quantised experts. `rows` (T, K, H) are exact; h is not, so its codes may flip: `requantised`."""
     p, scheme, local = inputs.problem, inputs.problem.quant, local_ids(inputs)
-    if scheme.a1 is None:
-        rows = plain(input_rows(inputs, inputs.hidden_states), p.fmt)
-    else:
-        rows = decoded(quant1(inputs)).in_slots(local.shape[1])
     gate_up = _spread(*grouped(inputs, "w1", rows, inputs.b1, claims, p.N), p.fmt)
     h = _through_activation(gate_up, p, claims)
     if scheme.a2 is None:

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from moeproof.harness import modes
-from moeproof.harness.case import Case
-from moeproof.harness.inputs import make_inputs
+from moeproof.harness.cases.case import Case
+from moeproof.harness.cases.inputs import make_inputs
 from moeproof.reference.contract import (
     Candidate,
     FusedMoEModularKernel,

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from moeproof.harness.compare import Comparison
-from moeproof.harness.expect import Expectation, judge_shown
+from moeproof.harness.judging.compare import Comparison
+from moeproof.harness.judging.expect import Expectation, judge_shown
 from moeproof.harness.verdict import Finding
 from moeproof.reference.contract import Claims, Inputs, Quantiser
 from moeproof.reference.eager.activations import activate

@@ -9,8 +9,8 @@ from types import ModuleType
 
 import pytest
 
-from moeproof.harness.quant_campaign import CANDIDATES, PRIMARY, SIZES, Row, draw, judge_piece, judges
-from moeproof.harness.quant_sample import QUANTISED
+from moeproof.harness.cases.quant_sample import QUANTISED
+from moeproof.harness.judging.quant_campaign import CANDIDATES, PRIMARY, SIZES, Row, draw, judge_piece, judges
 from moeproof.harness.registry import load_candidates
 from moeproof.reference.contract import Candidate
 from moeproof.reference.contract.problem import LAYOUTS

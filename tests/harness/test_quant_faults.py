@@ -10,8 +10,8 @@ import pytest
 import torch
 from quant_pipeline import QuantPipeline, first_finding, planted
 
-from moeproof.harness.case import parse_case
-from moeproof.harness.inputs import make_inputs
+from moeproof.harness.cases.case import parse_case
+from moeproof.harness.cases.inputs import make_inputs
 from moeproof.reference.contract import SCHEMES, Inputs, Quantiser, QuantScheme
 from moeproof.reference.eager.quantise import Matrix, activations, encode, matmul, quantise, weights
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from moeproof.harness.case import parse_case
+from moeproof.harness.cases.case import parse_case
+from moeproof.harness.cases.tiers import cases_of
 from moeproof.harness.faults import ranks
 from moeproof.harness.faults.catalogue import CATALOGUE, by_id
 from moeproof.harness.faults.fault import Fault, plant
 from moeproof.harness.faults.run import QUIET, ground_of, hunt_by_chance, judged
-from moeproof.harness.tiers import cases_of
 from moeproof.harness.verdict import Verdict
 from moeproof.reference.contract import ContractError
 

@@ -12,8 +12,8 @@ from types import ModuleType
 
 import pytest
 
-from moeproof.harness.case import parse_case
-from moeproof.harness.judge import judge
+from moeproof.harness.cases.case import parse_case
+from moeproof.harness.judging.judge import judge
 from moeproof.harness.verdict import Outcome
 from moeproof.optimized import activation, candidates, combine, grouped_gemm
 from moeproof.reference.contract import Candidate, Stage

@@ -10,10 +10,10 @@ import torch
 from gloo_ranks import GlooRanks, pair_on_cases
 from rank_kit import PAIRS, ROUTINGS, SHOWING, every_pair, every_ranks, expectation, findings, line_for, on_ranks
 
-from moeproof.harness.case import parse_case
-from moeproof.harness.rank_checks import check_conservation, check_same_bits, judge_world
-from moeproof.harness.rank_pairs import run_rank
-from moeproof.harness.worlds import make_world_inputs
+from moeproof.harness.cases.case import parse_case
+from moeproof.harness.cases.worlds import make_world_inputs
+from moeproof.harness.ranks.checks import check_conservation, check_same_bits, judge_world
+from moeproof.harness.ranks.pairs import run_rank
 from moeproof.reference.contract import Link
 
 
