@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import multiprocessing
 import os
 import sys
@@ -29,6 +30,8 @@ from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
 
 from moeproof.harness import modes, workers
 from moeproof.harness.cases.axes import covering
@@ -52,6 +55,8 @@ HUGE = (
 )
 KINDS = ("torch", "triton", "cuda")
 WRITE_SECONDS = 20
+STARTS = 3
+"""Sets of processes, where one dies."""
 
 
 def histories() -> list[Case]:
@@ -145,27 +150,33 @@ def run(record: Record, queue: Iterator[Piece], mode: str, options: argparse.Nam
 
 
 def _judged(queue: Iterator[Piece], mode: str, options: argparse.Namespace, begun: float) -> Iterator[Record]:
-    """Records of pieces as they come. Few are begun ahead: what has to wait when time is up is left for the next run."""
+    """Records of pieces as they come. Few are begun ahead: what has to wait when time is up is left for the next run.
+
+    A process that dies takes the others with it: that is an alarm, and new ones go on with what had to wait.
+    """
     context = multiprocessing.get_context("spawn")  # a process in which Triton is not yet imported
-    start = (mode, options.candidates)
     waiting: dict[Future[Record], Piece] = {}
-    with ProcessPoolExecutor(options.jobs, mp_context=context, initializer=_start, initargs=start) as pool:
-        try:
-            while True:
-                while len(waiting) < options.jobs + 2 and time.perf_counter() - begun < options.seconds:
-                    if (piece := next(queue, None)) is None:
-                        break
-                    cases = [case_of(piece.part, number) for number in range(piece.first, piece.end)]
-                    waiting[pool.submit(_judge_piece, piece, cases, mode)] = piece
-                if not waiting:
-                    return
-                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                    yield future.result()
-                    del waiting[future]
-        except BrokenProcessPool:
-            died = Record(mode)
-            died.add_alarm(f"a process died while it judged one of {[tuple(piece) for piece in waiting.values()]}")
-            yield died
+    for _ in range(STARTS):
+        queue, waiting = itertools.chain(waiting.values(), queue), {}
+        with ProcessPoolExecutor(
+            options.jobs, mp_context=context, initializer=_start, initargs=(mode, options.candidates)
+        ) as pool:
+            try:
+                while True:
+                    while len(waiting) < options.jobs + 2 and time.perf_counter() - begun < options.seconds:
+                        if (piece := next(queue, None)) is None:
+                            break
+                        cases = [case_of(piece.part, number) for number in range(piece.first, piece.end)]
+                        waiting[pool.submit(_judge_piece, piece, cases, mode)] = piece
+                    if not waiting:
+                        return
+                    for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                        yield future.result()
+                        del waiting[future]
+            except BrokenProcessPool:
+                died = Record(mode)
+                died.add_alarm(f"a process died while it judged one of {[tuple(piece) for piece in waiting.values()]}")
+                yield died
 
 
 def chosen(names: Sequence[str]) -> list[Candidate]:
@@ -184,8 +195,14 @@ def _start(mode: str, names: list[str]) -> None:
     _candidates[:] = chosen(names)
 
 
+_lost: list[Piece] = []
+"""Where this process lost its GPU: after a failed assertion on the device nothing works any more."""
+
+
 def _judge_piece(piece: Piece, cases: list[Case], mode: str) -> Record:
     """The record of one piece. What the harness itself raises is an alarm: no healthy case may make it."""
+    if _lost:
+        os._exit(1)
     record = Record(mode)
     for case in cases:
         for candidate in _candidates:
@@ -194,8 +211,20 @@ def _judge_piece(piece: Piece, cases: list[Case], mode: str) -> Record:
             except Exception:
                 last = traceback.format_exc(limit=-3)
                 record.add_alarm(f'the harness raised on {candidate.name}, "{case}"\n{last}')
+            if record.alarms and not _gpu_works():
+                _lost.append(piece)
+                return Record(mode, alarms=record.alarms, alarm_texts=record.alarm_texts)
     record.finish(piece)
     return record
+
+
+def _gpu_works() -> bool:
+    try:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    except Exception:  # sticky: whatever it is, the process is of no more use
+        return False
+    return True
 
 
 if __name__ == "__main__":
