@@ -27,7 +27,7 @@ from moeproof.harness.ranks.checks import WorldExpectation, judge_world
 from moeproof.harness.ranks.pairs import run_rank, support
 from moeproof.harness.registry import find_rank_pairs
 from moeproof.harness.reports import results
-from moeproof.reference.contract import RankPair
+from moeproof.reference.contract import ContractError, RankPair
 from moeproof.reference.eager.ranks_link import on_threads
 
 TIMEOUT = 120.0
@@ -40,6 +40,8 @@ def judge(pair: RankPair, case: Case) -> tuple[str, int, float, str]:
         return "unsupported", 0, 0.0, reason
     inputs = make_world_inputs(case)
     shown = on_threads(case.ranks, lambda link: run_rank(pair, [inputs[link.rank]], case.world, link), TIMEOUT)
+    if case.routing == "beyond" and any(isinstance(r, ContractError) for r in shown):
+        return "unsupported", 0, 0.0, "refuses ids >= E, as it may"
     errors = [f"{type(r).__name__}: {r}" for r in shown if isinstance(r, Exception)]
     if errors:
         return "error", 0, 0.0, errors[0]

@@ -9,6 +9,7 @@ is undefined: a kernel that stores it goes on with an infinity, one that keeps f
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -85,12 +86,12 @@ def _larger_step(x: Tensor, step: Tensor, value: Tensor, problem: Problem) -> Te
     return torch.maximum(up, down)
 
 
-def _weighted(variance_TKA: Tensor, w_eBA: Tensor, local_TK: Tensor) -> Tensor:
-    """Variance (T, K, B) of rows times their expert's weights: variance times squared weights."""
+def _weighted(variance_TKA: Tensor, w: Callable[[int], Tensor], experts: int, rows: int, local_TK: Tensor) -> Tensor:
+    """Variance (T, K, rows) of rows times their expert's weights w(expert): variance times squared weights."""
     T, K = local_TK.shape
-    out = torch.zeros(T, K, w_eBA.shape[1], dtype=torch.float64, device=w_eBA.device)
-    for expert, tokens, slots in by_expert(local_TK, w_eBA.shape[0]):
-        out[tokens, slots] = variance_TKA[tokens, slots] @ (w_eBA[expert].double() ** 2).T
+    out = torch.zeros(T, K, rows, dtype=torch.float64, device=variance_TKA.device)
+    for expert, tokens, slots in by_expert(local_TK, experts):
+        out[tokens, slots] = variance_TKA[tokens, slots] @ (w(expert).double() ** 2).T
     return out
 
 
@@ -102,11 +103,13 @@ def _experts(inputs: Inputs, x: Spread, claims: Claims) -> tuple[Spread, Spread,
     gate_up = _spread(*gemm1_exact(inputs, x.value, claims), p.fmt)
     if bool(x.variance.any()):
         rows = x.variance[:, None, :].expand(*local.shape, -1)
-        gate_up = Spread(gate_up.value, gate_up.variance + _weighted(rows, inputs.w1, local))
+        own = _weighted(rows, inputs.w1.__getitem__, inputs.w1.size(0), inputs.w1.size(1), local)
+        gate_up = Spread(gate_up.value, gate_up.variance + own)
     h = _through_activation(_in_range(gate_up, p.fmt), p, claims)
     read = _in_range(h, p.fmt)
     y = _spread(*gemm2_exact(inputs, read.value, claims), p.fmt)
-    return gate_up, h, Spread(y.value, y.variance + _weighted(read.variance, inputs.w2, local))
+    own = _weighted(read.variance, inputs.w2.__getitem__, inputs.w2.size(0), inputs.w2.size(1), local)
+    return gate_up, h, Spread(y.value, y.variance + own)
 
 
 def quantised_rows(inputs: Inputs) -> Operand:
@@ -127,8 +130,9 @@ def quantised_experts(inputs: Inputs, claims: Claims, rows: Operand) -> tuple[Sp
     else:
         operand, variance = requantised(inputs, read.value, read.variance)
     y = _spread(*grouped(inputs, "w2", operand, inputs.b2, claims, p.hidden), p.fmt)
-    w2 = torch.stack([weight(inputs, "w2", expert).values for expert in range(inputs.w2.shape[0])])
-    return gate_up, h, Spread(y.value, y.variance + _weighted(variance, w2, local))
+    # Decoded one expert at a time: all of a full-size layer in float64 would not fit beside its codes.
+    own = _weighted(variance, lambda expert: weight(inputs, "w2", expert).values, inputs.w2.size(0), p.hidden, local)
+    return gate_up, h, Spread(y.value, y.variance + own)
 
 
 def shared_expert(inputs: Inputs, claims: Claims) -> tuple[Tensor, Tensor] | None:
