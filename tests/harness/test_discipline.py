@@ -12,6 +12,7 @@ from moeproof.harness.cases.case import parse_case
 from moeproof.harness.cases.inputs import make_inputs
 from moeproof.harness.judging.judge import judge
 from moeproof.harness.judging.memory import dirty
+from moeproof.harness.judging.trial import home
 from moeproof.harness.registry import load_candidates
 from moeproof.harness.verdict import Outcome
 from moeproof.reference.contract import Candidate, Inputs
@@ -103,3 +104,10 @@ def test_a_claim_of_batch_invariance_is_held_to_its_bits() -> None:
             Candidate("by-count", by_count, claims=claims), parse_case(f"{LAYER},dtype=fp32,relation=split,seed=3"), "cpu"
         )
         assert verdict.outcome is outcome, verdict
+
+
+def test_the_oracle_of_a_small_case_lives_on_the_cpu_and_that_of_a_whole_layer_on_the_gpu() -> None:
+    assert home(parse_case(f"{LAYER},seed=1"), "cuda") == "cpu"
+    assert home(parse_case("model=mixtral-8x7b,T=64"), "cuda") == "cuda"
+    assert home(parse_case(f"{LAYER},huge=1"), "cuda") == "cuda", "what it spans must not be copied through the host"
+    assert home(parse_case(f"{LAYER},seed=1"), "cpu") == "cpu"
