@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from moeproof.harness.faults.catalogue.quantise import NO_SCHEME
+from moeproof.harness.faults.catalogue import scales
+from moeproof.harness.faults.catalogue.quantise import quant_fault
 from moeproof.harness.faults.fault import Fault
 from moeproof.reference.contract.stages import Stage
 
@@ -90,13 +91,22 @@ FAULTS = (
         {"": {"columns": only("gemm1", _overhang)}},
     ),
     Fault("P40", "gemm1.int32_offset", "sglang#4727, Liger-Kernel#1248, vllm#45884", "row * stride >= 2^31", G1, why_not=HUGE),
-    Fault(
+    quant_fault(
         "P41",
         "gemm1.scale_window",
         "rocm-libraries#7920, vllm#6502, #43506",
         "BK != G, distinct group scales",
         G1,
-        why_not=NO_SCHEME,
+        {
+            "a tiles shorter than a group": (
+                {"product": scales.window(64)},
+                scales.in_w(lambda q: q.group in ((1, 128), (128, 128))),
+            ),
+            "b tiles longer than a group": (
+                {"product": scales.window(128)},
+                scales.in_w(lambda q: q.group in ((1, 16), (1, 32), (1, 64))),
+            ),
+        },
     ),
     Fault(
         "P42",
@@ -122,7 +132,14 @@ FAULTS = (
         G1,
         {"": {"clear_partial": lambda right, _, buffer: buffer}},
     ),
-    Fault("P45", "gemm1.tail_scale_oob", "triton#10772", "K tail and a dirty neighbour", G1, why_not=NO_SCHEME),
+    quant_fault(
+        "P45",
+        "gemm1.tail_scale_oob",
+        "triton#10772",
+        "K tail and a dirty neighbour",
+        G1,
+        {"": ({"product": scales.tail_scale_oob}, scales.in_w(lambda q: q.ragged and scales.grouped(q)))},
+    ),
     Fault(
         "P46",
         "gemm1.small_group_spill",
