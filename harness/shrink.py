@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from moeproof.harness import modes
@@ -107,7 +107,7 @@ def shrink(
     Raises ContractError where the candidate does not fail on the case: there is nothing to shrink.
     """
     if not isinstance(thing, str):
-        return _search("", lambda c, lean: _here(thing, c, device, lean), case, max_runs, max_seconds, on_step, lambda: None)
+        return search("", lambda c, lean: _here(thing, c, device, lean), case, max_runs, max_seconds, on_step)
     child = Child(thing, "device" if modes.default_device() == "cuda" else "interpret", DEADLINE)
 
     def fresh() -> None:
@@ -116,7 +116,7 @@ def shrink(
         child.deadline = DEADLINE
 
     try:
-        return _search(thing, lambda c, lean: _there(child, c, lean), case, max_runs, max_seconds, on_step, fresh)
+        return search(thing, lambda c, lean: _there(child, c, lean), case, max_runs, max_seconds, on_step, fresh)
     finally:
         child.close()
 
@@ -132,15 +132,17 @@ def _there(child: Child, case: Case, lean: bool) -> Verdict:
     return verdict
 
 
-def _search(
+def search(
     name: str,
     attempt: Attempt,
     case: Case,
-    max_runs: int,
-    max_seconds: float,
-    on_step: Callable[[Step], None],
-    fresh: Callable[[], None],
+    max_runs: int = MAX_RUNS,
+    max_seconds: float = MAX_SECONDS,
+    on_step: Callable[[Step], None] = lambda step: None,
+    fresh: Callable[[], None] = lambda: None,
+    simpler_ones: Callable[[Case], Iterator[tuple[str, Case]]] = reductions,
 ) -> Shrunk:
+    """Shrink whatever `attempt` judges. `fresh` is called before a case is confirmed; `simpler_ones` says what is tried."""
     begin = time.perf_counter()
     verdict = attempt(case, False)
     check(verdict.outcome in BAD, f"nothing to shrink: the verdict is {verdict.outcome} on {case}")
@@ -156,7 +158,7 @@ def _search(
 
     while not complete and not spent():
         complete = True
-        for axis, simpler in reductions(small):
+        for axis, simpler in simpler_ones(small):
             if simpler in tried:
                 continue
             if spent():

@@ -40,6 +40,8 @@ class Fault:
     ground: str = "layer"
     schemes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Variant -> quantised schemes that it can happen in; empty on grounds that quantise nothing."""
+    least: int = 1
+    """Fewest tokens that can trigger it."""
     random: bool = False
     """Fires by chance: scored by repeats to detection for each p of CHANCES."""
     why_not: str = ""

@@ -32,8 +32,8 @@ def _as_mask(right: Tensor, _: Any, table: Tensor, ids: Tensor, routed: Tensor) 
 
 
 def _capacity(flat: Tensor, num_experts: int) -> int:
-    """The usual factor: a quarter more than an even share."""
-    return max(-(-5 * flat.numel() // (4 * num_experts)), 1)
+    """The usual factor: a quarter more than an even share of the routed slots."""
+    return max(-(-5 * int((flat >= 0).sum()) // (4 * num_experts)), 1)
 
 
 def _position(right: Tensor, flat: Tensor, starts: Tensor) -> Tensor:
