@@ -53,8 +53,9 @@ def verify(
     json: Json = False,
 ) -> None:
     """Verify the installed candidates (or the named ones) over the presets of real models."""
-    from moeproof.harness import report, workers
+    from moeproof.harness import workers
     from moeproof.harness.ranks import command as on_ranks
+    from moeproof.harness.reports import report
 
     work = workers.plan(model or [], case or [], tier, random, tokens, dtype, full_size, ranks)
     if on_ranks.wanted(ranks, work):
@@ -76,8 +77,9 @@ def replay(
     json: Json = False,
 ) -> None:
     """Run one case again and show every finding."""
-    from moeproof.harness import report, workers
+    from moeproof.harness import workers
     from moeproof.harness.ranks import command as on_ranks
+    from moeproof.harness.reports import report
 
     work = workers.plan([], [case], "", 0, 4, "bf16", False)
     if on_ranks.wanted(0, work):
@@ -95,13 +97,13 @@ def shrink(
     seconds: Annotated[float, typer.Option(help="Time limit.")] = 60.0,
     runs: Annotated[int, typer.Option(help="Limit on runs.")] = 400,
     mode: Mode = "auto",
+    transport: Transport = "auto",
     json: Json = False,
 ) -> None:
-    """Find the simplest case that fails in the same way; crashes and hangs too."""
-    from moeproof.harness import shrink_report, workers
+    """Find the simplest case that fails in the same way; crashes and hangs too, and on several ranks."""
+    from moeproof.harness.shrinking import report as shrink_report
 
-    workers.settle(mode)
-    raise typer.Exit(shrink_report.main(case, candidate, seconds, runs, json))
+    raise typer.Exit(shrink_report.main(case, candidate, seconds, runs, mode, transport, json))
 
 
 @app.command()
@@ -111,8 +113,8 @@ def matrix(
     json: Json = False,
 ) -> None:
     """Run the CI matrix: candidates x presets x dtypes x layouts x modes; every cell ends in a verdict or a reason."""
-    from moeproof.harness import matrix as cells
     from moeproof.harness import workers
+    from moeproof.harness.reports import matrix as cells
 
     mode = workers.settle(mode)
     raise typer.Exit(cells.main(config, mode, json))
@@ -129,7 +131,8 @@ def bench(
     model: Models = None,
     tokens: Tokens = None,
     routing: Routings = None,
-    dtype: Annotated[str, typer.Option(help="bf16 or fp16.")] = "bf16",
+    kind: Annotated[list[str] | None, typer.Option(help="bf16, fp16, fp8b, fp8c or mxfp4; several are run in turn.")] = None,
+    dtype: Annotated[str, typer.Option(help="With --ranks: bf16 or fp16.")] = "bf16",
     peers: Annotated[Path | None, typer.Option(help="CSV of stored times that readings are held against.")] = None,
     seconds: Annotated[float, typer.Option(help="Time of one candidate's replays at one point, about.")] = 0.15,
     stages: Annotated[bool, typer.Option("--stages", help="Also the device time of each kernel, from the profiler.")] = False,
@@ -152,9 +155,11 @@ def bench(
         on_ranks.refuse({"--model": model, "--routing": routing, "--peers": peers, "--stages": stages, "--plot": plot})
         sizes, options = dispatch.Sizes(hidden, topk, experts, dtype), dispatch.Options(seconds, deadline)
         raise typer.Exit(on_ranks.main(candidates or [], tokens or [], sizes, ranks, transport, options, json, output))
-    from moeproof.harness import bench as timing
-    from moeproof.harness import bench_points, bench_report, modes, workers
+    from moeproof.harness import modes, workers
     from moeproof.harness.registry import load_candidates
+    from moeproof.harness.timing import bench as timing
+    from moeproof.harness.timing import points as bench_points
+    from moeproof.harness.timing import report as bench_report
 
     workers.settle(mode)
     device = modes.default_device()
@@ -162,7 +167,9 @@ def bench(
     known = timing.read_peers(peers) if peers else {}
     small = device == "cpu"
     few = tuple(tokens or ([4] if small else []))
-    works = bench_points.grid(tuple(model or ()), few, tuple(routing or ()), dtype, small)
+    works = []
+    for one in kind or ["bf16"]:
+        works += bench_points.grid(tuple(model or ()), few, tuple(routing or ()), one, small)
     readings = timing.measure(chosen, works, device, timing.Options(seconds, stages))
     raise typer.Exit(bench_report.main(readings, known, device, json, output, plot))
 
@@ -173,7 +180,7 @@ def tune(
     model: Models = None,
     tokens: Tokens = None,
     routing: Routings = None,
-    dtype: Annotated[str, typer.Option(help="bf16 or fp16.")] = "bf16",
+    kind: Annotated[str, typer.Option(help="bf16, fp16, fp8b, fp8c or mxfp4.")] = "bf16",
     output: Annotated[Path | None, typer.Option(help="The table; points that are already there are kept.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Every time and refusal, as JSON.")] = None,
     weak: Annotated[Path | None, typer.Option(help="Results of bench: only points slower there than the peers.")] = None,
@@ -185,14 +192,16 @@ def tune(
     json: Json = False,
 ) -> None:
     """Search a candidate's configurations, each held against the oracle first, and write the table it chooses from."""
-    from moeproof.harness import bench, bench_points, modes, tune_table, workers
-    from moeproof.harness import tune as tuning
+    from moeproof.harness import modes, workers
+    from moeproof.harness.timing import bench, tune_table
+    from moeproof.harness.timing import points as bench_points
+    from moeproof.harness.timing import tune as tuning
 
     workers.settle(mode)
     device = modes.default_device()
     small = device == "cpu"
     few = tuple(tokens or ([4] if small else []))
-    works = bench_points.grid(tuple(model or ()), few, tuple(routing or ()), dtype, small)
+    works = bench_points.grid(tuple(model or ()), few, tuple(routing or ()), kind, small)
     if weak:
         check(peers is not None, "--weak needs --peers: the times to hold its readings against")
         assert peers is not None
@@ -212,7 +221,7 @@ def policies(
     json: Json = False,
 ) -> None:
     """Print how each stage is judged, per dtype and scheme: formula and reason."""
-    from moeproof.harness import policies as table
+    from moeproof.harness.reports import policies as table
 
     raise typer.Exit(table.main(scheme, dtype, accumulate, decode, json))
 
@@ -227,7 +236,7 @@ def ratios(
     json: Json = False,
 ) -> None:
     """Measure observed/allowed errors of healthy candidates for every quantised scheme."""
-    from moeproof.harness import ratios as table
+    from moeproof.harness.reports import ratios as table
 
     raise typer.Exit(table.main(candidates or [], scheme or [], cases, output, mode, json))
 
@@ -235,7 +244,7 @@ def ratios(
 @app.command()
 def doctor(json: Json = False) -> None:
     """Say what this machine can run, and what is missing."""
-    from moeproof.harness import doctor as checks
+    from moeproof.harness.reports import doctor as checks
 
     raise typer.Exit(checks.main(json))
 
@@ -262,8 +271,8 @@ def golden_record(
     json: Json = False,
 ) -> None:
     """Write per-stage tensors of the oracle for each case, atomically."""
-    from moeproof.harness import golden
-    from moeproof.harness.case import parse_case
+    from moeproof.harness.cases.case import parse_case
+    from moeproof.harness.dumps import golden
 
     cases = [parse_case(line) for line in case] if case else golden.canonical_cases()
     raise typer.Exit(golden.main_record(cases, folder, force, json))
@@ -277,7 +286,8 @@ def golden_check(
     json: Json = False,
 ) -> None:
     """Check the oracle (and candidates) against stored tensors. Damaged files are refused."""
-    from moeproof.harness import golden, workers
+    from moeproof.harness import workers
+    from moeproof.harness.dumps import golden
     from moeproof.harness.registry import load_candidates
 
     workers.settle(mode)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from moeproof.harness.case import Case
+    from moeproof.harness.cases.case import Case
     from moeproof.harness.ranks.session import RankSession
     from moeproof.harness.verdict import Verdict
     from moeproof.reference.contract.candidate import Candidate, RankPair
@@ -105,7 +105,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def _candidates(config: pytest.Config) -> list[Candidate] | list[RankPair]:
-    from moeproof.harness.pairs import as_candidate
+    from moeproof.harness.judging.pairs import as_candidate
     from moeproof.harness.registry import find_candidates, find_rank_pairs
     from moeproof.reference.contract.candidate import RankPair
     from moeproof.reference.contract.errors import ContractError
@@ -129,8 +129,8 @@ def _candidates(config: pytest.Config) -> list[Candidate] | list[RankPair]:
 
 
 def _cases(config: pytest.Config) -> list[Case]:
-    from moeproof.harness.case import parse_case
-    from moeproof.harness.tiers import cases_of
+    from moeproof.harness.cases.case import parse_case
+    from moeproof.harness.cases.tiers import cases_of
     from moeproof.reference.contract.errors import ContractError
 
     lines, ranks = config.getoption("--moe-case"), config.getoption("--moe-ranks")
@@ -173,7 +173,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 @pytest.fixture
 def moe_judge(request: pytest.FixtureRequest) -> Callable[[object, Case], Verdict]:
     """judge(candidate, case) -> Verdict. Fails the test with findings and replay line; skips what is not supported."""
-    from moeproof.harness.judge import judge
+    from moeproof.harness.judging.judge import judge
     from moeproof.harness.verdict import Outcome
 
     def run(candidate: object, case: Case) -> Verdict:

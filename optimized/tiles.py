@@ -31,21 +31,27 @@ class Tile:
     """One loop over tiles and steps: a persistent program loads its next tile while it writes the last one."""
     bulk: bool = False
     """GEMM1's rows leave by bulk copies too: the store runs on while the program goes to its next tile."""
+    swap: bool = False
+    """Weights are the left operand: 64 of their rows against a few tokens, where Hopper's products need 64 rows (fp8)."""
+    fast: bool = False
+    """Sums of fp8 products stay in the tensor core, 13 fraction bits, from end to end: a weaker accumulator, to be claimed."""
 
     def __str__(self) -> str:
         """`128x256x64-g8-w8-s3-tma-p1`; `parse` reads it back."""
         words = [f"{self.block_m}x{self.block_n}x{self.block_k}", f"g{self.group_m}", f"w{self.warps}", f"s{self.stages}"]
-        flags = (("tma", self.tma), (f"p{self.per_sm}", self.per_sm), ("flat", self.flat), ("bulk", self.bulk))
+        flags: tuple[tuple[str, object], ...] = (("tma", self.tma), (f"p{self.per_sm}", self.per_sm), ("flat", self.flat))
+        flags += (("bulk", self.bulk), ("swap", self.swap), ("fast", self.fast))
         words += [word for word, has in flags if has]
         return "-".join(words)
 
     @classmethod
     def parse(cls, text: str) -> Tile:
-        found = re.fullmatch(r"(\d+)x(\d+)x(\d+)-g(\d+)-w(\d+)-s(\d+)(-tma)?(?:-p(\d+))?(-flat)?(-bulk)?", text)
+        found = re.fullmatch(r"(\d+)x(\d+)x(\d+)-g(\d+)-w(\d+)-s(\d+)(-tma)?(?:-p(\d+))?(-flat)?(-bulk)?(-swap)?(-fast)?", text)
         check(found is not None, f"'{text}' is no tile; tiles look like {cls(128, 256, 64, 8, 8, 3, True, 1)}")
         assert found is not None
-        *sizes, tma, per_sm, flat, bulk = found.groups()
-        return cls(*(int(n) for n in sizes), tma=bool(tma), per_sm=int(per_sm or 0), flat=bool(flat), bulk=bool(bulk))
+        *sizes, tma, per_sm, flat, bulk, swap, fast = found.groups()
+        flags = {"tma": tma, "flat": flat, "bulk": bulk, "swap": swap, "fast": fast}
+        return cls(*(int(n) for n in sizes), per_sm=int(per_sm or 0), **{name: bool(has) for name, has in flags.items()})
 
     @property
     def options(self) -> dict[str, int]:

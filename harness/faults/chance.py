@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from moeproof.harness.case import Case
+from moeproof.harness.cases.case import Case
 from moeproof.harness.faults.fault import Dice, Fault
 from moeproof.harness.faults.grounds import QUIET, planted, vacuous
 from moeproof.harness.faults.hunt import TWINS, Hunt, Watch, caught_by, fires, twin_of
-from moeproof.harness.sequences import judge_repeats
+from moeproof.harness.judging.sequences import judge_repeats
 
 REPEATS = 20
 """Calls of one case before the next is taken."""

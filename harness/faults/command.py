@@ -12,7 +12,8 @@ from typing import TypeVar
 
 import torch
 
-from moeproof.harness.case import Case
+from moeproof.harness.cases.case import Case
+from moeproof.harness.cases.tiers import cases_of
 from moeproof.harness.faults import nulls, page
 from moeproof.harness.faults.campaign import Campaign
 from moeproof.harness.faults.catalogue import CATALOGUE, by_id
@@ -24,7 +25,6 @@ from moeproof.harness.faults.hunt import Hunt, hunt
 from moeproof.harness.faults.shrunk import Small, shrunk
 from moeproof.harness.faults.side_by_side import comparable, on_our_inputs, on_their_recipe, shot
 from moeproof.harness.faults.suites import SUITES
-from moeproof.harness.tiers import cases_of
 
 Given = TypeVar("Given")
 Made = TypeVar("Made")

@@ -8,16 +8,16 @@ from dataclasses import replace
 
 import torch
 
-from moeproof.harness.case import Case
-from moeproof.harness.checks import CHECKS
+from moeproof.harness.cases.case import Case
+from moeproof.harness.cases.inputs import make_inputs
 from moeproof.harness.faults.fault import Dice, Fault, Witness, plant
 from moeproof.harness.faults.pipeline import Pipeline, candidate
 from moeproof.harness.faults.quant_pipeline import QuantPipeline, quant_candidate
 from moeproof.harness.faults.replayed import Replayed
 from moeproof.harness.faults.world import SPLITS, TensorParallel, World, world_candidate
-from moeproof.harness.inputs import make_inputs
-from moeproof.harness.judge import judge, judge_lean
-from moeproof.harness.sequences import judge_replay, judge_sequence
+from moeproof.harness.judging.checks import CHECKS
+from moeproof.harness.judging.judge import judge, judge_lean
+from moeproof.harness.judging.sequences import judge_replay, judge_sequence
 from moeproof.harness.verdict import Outcome, Verdict
 from moeproof.reference.contract.candidate import Candidate
 from moeproof.reference.contract.inputs import Inputs

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from moeproof.harness.case import Case
+from moeproof.harness.cases.case import Case
 from moeproof.harness.faults import ranks
 from moeproof.harness.faults.fault import Fault
 from moeproof.harness.faults.hunt import Hunt, Watch

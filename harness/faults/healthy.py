@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from moeproof.harness.case import Case
+from moeproof.harness.cases.case import Case
 from moeproof.harness.faults.fault import Fault
 from moeproof.harness.faults.grounds import QUIET, STATEFUL, ground_of, judged
 from moeproof.harness.verdict import Outcome

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from moeproof.harness.case import Case
+from moeproof.harness.cases.case import Case
+from moeproof.harness.cases.inputs import make_inputs
 from moeproof.harness.faults.fault import Dice, Fault
 from moeproof.harness.faults.grounds import QUIET, STATEFUL, inputs_once, judged, planted, vacuous
 from moeproof.harness.faults.place import right_place, visible
 from moeproof.harness.faults.replayed import Replayed
-from moeproof.harness.inputs import make_inputs
-from moeproof.harness.memory import PATTERNS, Poison, guard_inputs
+from moeproof.harness.judging.memory import PATTERNS, Poison, guard_inputs
 from moeproof.harness.verdict import Outcome, Verdict
 from moeproof.reference.contract.inputs import Inputs
 

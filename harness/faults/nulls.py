@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from moeproof.harness.case import Case
+from moeproof.harness.cases.case import Case
+from moeproof.harness.cases.generator import Stream
 from moeproof.harness.faults.grounds import inputs_once
-from moeproof.harness.generator import Stream
-from moeproof.harness.judge import judge
+from moeproof.harness.judging.judge import judge
 from moeproof.harness.verdict import Outcome
 from moeproof.reference.contract.candidate import Candidate, Claims
 from moeproof.reference.contract.inputs import Inputs

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 
-from moeproof.harness import results
 from moeproof.harness.faults import markdown
 from moeproof.harness.faults.campaign import Campaign
 from moeproof.harness.faults.hunt import Hunt
 from moeproof.harness.faults.nulls import Taken
 from moeproof.harness.faults.shrunk import Small
 from moeproof.harness.faults.side_by_side import Row
-from moeproof.harness.report import console, print_json
+from moeproof.harness.reports import results
+from moeproof.harness.reports.report import console, print_json
 
 
 def record(found: Hunt | Small) -> dict[str, object]:

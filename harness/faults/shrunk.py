@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from moeproof.harness.case import Case, parse_case
+from moeproof.harness.cases.case import Case, parse_case
 from moeproof.harness.faults.chance import REPEATS
 from moeproof.harness.faults.fault import CHANCES, Dice, Fault
 from moeproof.harness.faults.grounds import STATEFUL, anew, judged, planted
 from moeproof.harness.faults.hang import judge_hang
 from moeproof.harness.faults.hunt import Hunt, Watch
-from moeproof.harness.reductions import smaller
-from moeproof.harness.sequences import judge_repeats
-from moeproof.harness.shrink import Attempt, blame, search
+from moeproof.harness.judging.sequences import judge_repeats
+from moeproof.harness.shrinking.reductions import smaller
+from moeproof.harness.shrinking.shrink import Attempt, blame, search
 from moeproof.harness.verdict import Verdict
 from moeproof.reference.contract.errors import ContractError
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from moeproof.harness.case import parse_case
-from moeproof.harness.expect import Expectation, judge_shown
+from moeproof.harness.cases.case import parse_case
+from moeproof.harness.cases.inputs import make_inputs
 from moeproof.harness.faults.catalogue import CATALOGUE, by_id
 from moeproof.harness.faults.fault import Fault
 from moeproof.harness.faults.grounds import planted
@@ -19,8 +19,8 @@ from moeproof.harness.faults.pipeline import CLAIMS, Pipeline
 from moeproof.harness.faults.quant_pipeline import QuantPipeline
 from moeproof.harness.faults.rules import RULES
 from moeproof.harness.faults.suites import Suite, make
-from moeproof.harness.inputs import make_inputs
-from moeproof.harness.memory import Poison, guard_inputs
+from moeproof.harness.judging.expect import Expectation, judge_shown
+from moeproof.harness.judging.memory import Poison, guard_inputs
 from moeproof.reference.contract.inputs import Inputs
 from moeproof.reference.oracle.chain import chain
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from moeproof.harness.generator import Stream
-from moeproof.harness.quant_inputs import quantise_weights, static_scales
+from moeproof.harness.cases.generator import Stream
+from moeproof.harness.cases.quant_inputs import quantise_weights, static_scales
 from moeproof.reference.contract.inputs import Inputs
 from moeproof.reference.contract.problem import Problem
 from moeproof.reference.contract.router import Router

@@ -1,15 +1,17 @@
 // QUANT1 and QUANT2, alone or with the activation before it: codes and scales, bit for bit as the scheme table says.
 //
-// A team of lanes owns a group: it takes the group's amax, makes the scale, divides, clamps and rounds. Groups of a row of up
-// to 128 columns fit one warp or less; a whole row takes up to a block, and waits in shared memory for its scale. Every
-// step is one float32 operation, rounded to nearest: no contraction, no approximate division.
+// A team of lanes owns a group: it takes the group's amax, makes the scale, divides, clamps and rounds. A lane holds up to PACKS
+// packs of the group in registers while it waits for the scale, so that all its loads are under way at once and what a group
+// costs, its maximum and its scale, is shared by many elements. Every step is one float32 operation, rounded to nearest: no
+// contraction, no approximate division.
 
 #include "activation.cuh"
 #include "encode.cuh"
 
 namespace moeproof {
 
-constexpr int THREADS = 256;
+constexpr int THREADS = 256, MOST_THREADS = 1024;  // of a block: more than THREADS only where a team needs them
+constexpr int MANY = 4;                            // packs of a lane in large groups
 
 // Codes that quantise.py sends.
 enum Rule : int { AMAX, STATIC, OCP_FLOOR, ROUND_UP };
@@ -72,18 +74,23 @@ __device__ inline float team_max(float x, int lanes, float* across) {
 }
 
 // Columns i..i+count of a row: what is quantised.
-template <bool ACTIVATED, typename T, int N> __device__ Pack<T, N> source(const Quantise& a, long long row, int i, int count) {
+// Columns i..i+count of a row, as they lie in memory: the activation comes later, when all loads are under way. `second` is
+// loaded where there is an activation.
+template <bool ACTIVATED, typename T, int N> __device__ Columns<T, N> source(const Quantise& a, long long row, int i, int count) {
     const Activate& act = a.act;
-    if constexpr (ACTIVATED) {
-        const Columns<T, N> c = a.packed ? load_columns<T, N>(act, row, i, count) : load_loose_columns<T, N>(act, row, i, count);
-        return activate<T, N>(c, act);
-    }
+    if constexpr (ACTIVATED)
+        return a.packed ? load_columns<T, N>(act, row, i, count) : load_loose_columns<T, N>(act, row, i, count);
     const T* x = static_cast<const T*>(act.x) + row * act.stride_xr;
-    if (a.packed) return load<T, N>(x + i, count);
-    Pack<T, N> all;
+    Columns<T, N> c = {};
+    if (a.packed) {
+        c.first = load<T, N>(x + i, count);
+        return c;
+    }
+    constexpr int PER_WORD = Pack<T, N>::PER_WORD;
 #pragma unroll
-    for (int j = 0; j < N; ++j) all.at[j] = j < count ? x[(i + j) * act.stride_xn] : narrow<T>(0.0f);
-    return all;
+    for (int j = 0; j < N; ++j)
+        if (j < count) c.first.words[j / PER_WORD] |= bits_of(x[(i + j) * act.stride_xn]) << (j % PER_WORD * 8 * sizeof(T));
+    return c;
 }
 
 template <typename T, int N> __device__ void store_h(const Quantise& a, long long row, int i, int count, const Pack<T, N>& h) {
@@ -91,7 +98,7 @@ template <typename T, int N> __device__ void store_h(const Quantise& a, long lon
     if (a.packed) return store<T, N>(to + i, count, h);
 #pragma unroll
     for (int j = 0; j < N; ++j)
-        if (j < count) to[(i + j) * a.act.stride_hi] = h.at[j];
+        if (j < count) to[(i + j) * a.act.stride_hi] = h.element(j);
 }
 
 template <int FORMAT, int N> __device__ void store_codes(const Quantise& a, long long row, int i, int count, const float (&x)[N]) {
@@ -99,15 +106,14 @@ template <int FORMAT, int N> __device__ void store_codes(const Quantise& a, long
     constexpr int PER_BYTE = FORMAT == E2M1 ? 2 : 1, BYTES = N / PER_BYTE;
     uint8_t* to = static_cast<uint8_t*>(a.codes) + row * a.code_bytes + i / PER_BYTE;
     if (a.packed && count == N) {
-        Pack<uint8_t, BYTES> whole;
-#pragma unroll
-        for (int j = 0; j < BYTES; ++j) whole.at[j] = codes.at[j];
-        *reinterpret_cast<Pack<uint8_t, BYTES>*>(to) = whole;
+        if constexpr (BYTES == 8) *reinterpret_cast<uint2*>(to) = {codes.words[0], codes.words[1]};
+        else if constexpr (BYTES == 4) *reinterpret_cast<unsigned*>(to) = codes.words[0];
+        else *reinterpret_cast<uint16_t*>(to) = static_cast<uint16_t>(codes.words[0]);
         return;
     }
 #pragma unroll
     for (int j = 0; j < BYTES; ++j)
-        if (j * PER_BYTE < count) to[j] = codes.at[j];
+        if (j * PER_BYTE < count) to[j] = static_cast<uint8_t>(codes.words[j / 4] >> (j % 4 * 8));
 }
 
 // The scale of a group, stored by its first lane; what its values are divided by, or multiplied with.
@@ -130,48 +136,56 @@ __device__ inline Scale make_scale(const Quantise& a, unsigned group, int lane, 
     return {divisor, a.quotient == INVERSE ? __fdiv_rn(a.top, floored) : divisor.reciprocal, a.quotient == DIVIDE};
 }
 
-template <typename T, bool ACTIVATED> __global__ void __launch_bounds__(THREADS) quantise_kernel(const Quantise a, int shift) {
+template <typename T, bool ACTIVATED, int PACKS>
+__global__ void __launch_bounds__(PACKS == 1 ? THREADS : MOST_THREADS) quantise_kernel(const Quantise a, int shift) {
     constexpr int N = PER_PACK<T>;
-    extern __shared__ uint4 kept[];  // a thread's own packs, THREADS apart: no barrier is needed
-    __shared__ float across[THREADS / WARP];
+    __shared__ float across[MOST_THREADS / WARP];
     const int lanes = 1 << shift, lane = threadIdx.x & (lanes - 1);
-    const unsigned group = blockIdx.x * (THREADS >> shift) + (threadIdx.x >> shift);  // fewer than 2^31 (quantise.py)
+    const unsigned group = blockIdx.x * (blockDim.x >> shift) + (threadIdx.x >> shift);  // fewer than 2^31 (quantise.py)
     const long long row = group / a.groups;
     const int first = static_cast<int>(group % a.groups) * a.group;
-    const int last = min(first + a.group, a.C), stride = lanes * N;
+    const int last = min(first + a.group, a.C), start = first + lane * N, stride = lanes * N;
     // A dead group's lanes stay: shuffles and barriers name them.
     const bool live = row < a.act.R && a.act.live(row);
-    Pack<T, N>* own = reinterpret_cast<Pack<T, N>*>(kept) + threadIdx.x;
 
+    Columns<T, N> loaded[PACKS];
+    Pack<T, N> own[PACKS];
     float amax = 0.0f;
     if (live) {
-        int slot = 0;
-#pragma unroll 1
-        for (int i = first + lane * N; i < last; i += stride, slot += THREADS) {
-            const Pack<T, N> x = source<ACTIVATED, T, N>(a, row, i, min(N, last - i));
-            own[slot] = x;
-            if (ACTIVATED && a.act.h != nullptr) store_h<T, N>(a, row, i, min(N, last - i), x);
+#pragma unroll
+        for (int p = 0; p < PACKS; ++p) {
+            const int i = start + p * stride;
+            if (i < last) loaded[p] = source<ACTIVATED, T, N>(a, row, i, min(N, last - i));
+        }
+#pragma unroll
+        for (int p = 0; p < PACKS; ++p) {
+            const int i = start + p * stride, count = min(N, last - i);
+            if (i >= last) break;
+            own[p] = loaded[p].first;
+            if constexpr (ACTIVATED) {
+                own[p] = activate<T, N>(loaded[p], a.act);
+                if (a.act.h != nullptr) store_h<T, N>(a, row, i, count, own[p]);
+            }
 #pragma unroll
             for (int j = 0; j < N; ++j)
-                if (i + j < last) amax = fmaxf(amax, fabsf(widen(x.at[j])));
+                if (j < count) amax = fmaxf(amax, fabsf(own[p].get(j)));
         }
     }
     if (a.rule != STATIC) amax = team_max(amax, lanes, across);
     if (!live) return;
 
     const Scale scale = make_scale(a, group, lane, amax);
-    int slot = 0;
-#pragma unroll 1
-    for (int i = first + lane * N; i < last; i += stride, slot += THREADS) {
-        const Pack<T, N> x = own[slot];
+#pragma unroll
+    for (int p = 0; p < PACKS; ++p) {
+        const int i = start + p * stride, count = min(N, last - i);
+        if (i >= last) break;
         float ratio[N];
 #pragma unroll
         for (int j = 0; j < N; ++j) {
-            const float value = widen(x.at[j]);
+            const float value = own[p].get(j);
             const float exact = scale.divide ? scale.divisor.divides(value) : __fmul_rn(value, scale.factor);
             ratio[j] = fminf(fmaxf(exact, -a.top), a.top);
         }
-        const int count = min(N, last - i);
         switch (a.format) {
             case E4M3: store_codes<E4M3, N>(a, row, i, count, ratio); break;
             case E5M2: store_codes<E5M2, N>(a, row, i, count, ratio); break;
@@ -183,14 +197,20 @@ template <typename T, bool ACTIVATED> __global__ void __launch_bounds__(THREADS)
     }
 }
 
-template <typename T, bool ACTIVATED> cudaError_t launch(const Quantise& a, cudaStream_t stream) {
-    const int lanes = pow2_at_least(ceil_div(a.group, PER_PACK<T>), THREADS);
+template <typename T, bool ACTIVATED, int PACKS> cudaError_t launch_teams(const Quantise& a, int lanes, cudaStream_t stream) {
     int shift = 0;
     while (1 << shift < lanes) ++shift;
-    const long long blocks = ceil_div(a.act.R * a.groups * lanes, THREADS);
-    const size_t bytes = ceil_div(a.group, lanes * PER_PACK<T>) * THREADS * sizeof(uint4);
-    quantise_kernel<T, ACTIVATED><<<static_cast<unsigned>(blocks), THREADS, bytes, stream>>>(a, shift);
+    const int threads = max(lanes, THREADS);
+    const long long blocks = ceil_div(a.act.R * a.groups * lanes, threads);
+    quantise_kernel<T, ACTIVATED, PACKS><<<static_cast<unsigned>(blocks), threads, 0, stream>>>(a, shift);
     return cudaGetLastError();
+}
+
+template <typename T, bool ACTIVATED> cudaError_t launch(const Quantise& a, cudaStream_t stream) {
+    const long long packs = ceil_div(a.group, PER_PACK<T>);
+    // Small groups: a lane for each pack, so that neighbours read neighbours.
+    if (packs < 4 * MANY) return launch_teams<T, ACTIVATED, 1>(a, pow2_at_least(packs, THREADS), stream);
+    return launch_teams<T, ACTIVATED, MANY>(a, pow2_at_least(ceil_div(packs, MANY), MOST_THREADS), stream);
 }
 
 }  // namespace moeproof
@@ -199,10 +219,10 @@ extern "C" int moeproof_quantise(
     int dtype, const void* x, void* h, long long R, int C, int activated, int kind, int interleaved, float alpha, float beta,
     float limit, float linear_beta, long long stride_xr, long long stride_xn, long long stride_hr, long long stride_hi,
     int group, int format, int rule, int quotient, float top, float floor, int emax, int top_bits, const float* given,
-    void* codes, float* scales, void* exponents, long long code_bytes, SLOT_PARAMETERS, cudaStream_t stream) {
+    void* codes, float* scales, void* exponents, long long code_bytes, const int* counts, long long region, SLOT_PARAMETERS, cudaStream_t stream) {
     using namespace moeproof;
     const Activate act{x,     h,    stride_xr, stride_xn,   stride_hr, stride_hi, R,          C, kind, interleaved,
-                       alpha, beta, limit,     linear_beta, nullptr,   1,         SLOT_VALUES};
+                       alpha, beta, limit,     linear_beta, counts,    region,    SLOT_VALUES};
     const unsigned groups = static_cast<unsigned>(ceil_div(C, group));
     return with_dtype(dtype, [&](auto zero) {
         using E = decltype(zero);

@@ -27,11 +27,8 @@ template <typename T, int N> __global__ void __launch_bounds__(THREADS) rows_ker
     const bool padding = slot >= a.num_slots;
     if (padding && a.scatter) return;
     const long long from = a.scatter ? p : static_cast<unsigned>(slot) / a.slots_per_row, to = a.scatter ? slot : p;
-    Pack<T, N> x;
-    if (padding) {
-#pragma unroll
-        for (int j = 0; j < N; ++j) x.at[j] = narrow<T>(0.0f);
-    } else {
+    Pack<T, N> x = {};
+    if (!padding) {
         x = load<T, N>(static_cast<const T*>(a.source) + from * a.stride_sr + (N == 1 ? h * a.stride_sh : h), count);
     }
     store<T, N>(static_cast<T*>(a.target) + to * a.stride_tr + (N == 1 ? h * a.stride_th : h), count, x);

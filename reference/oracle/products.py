@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import itemgetter
 
 import torch
 
@@ -18,6 +19,7 @@ from moeproof.reference.contract.inputs import Inputs
 from moeproof.reference.contract.tensor_cores import FP8_FRACTION, PROMOTED
 from moeproof.reference.oracle.bounds import EXACT_TERMS, LEAST, OVERFLOW, U32, U64, accumulator
 from moeproof.reference.oracle.experts import by_expert, local_ids
+from moeproof.reference.oracle.overflow import may_overflow
 from moeproof.reference.oracle.quant_stages import weight
 from moeproof.reference.oracle.quantise import Quantised
 from moeproof.reference.oracle.rounding import lowest_bit, quanta, round_to
@@ -34,27 +36,46 @@ SCALING = 4
 
 @dataclass(frozen=True)
 class Operand:
-    """One side of a product: float64 values (rows, A), and what they are made of.
+    """One side of a product: float64 values (.., A), and what they are made of.
 
-    `fmt` is the format that enters the multiplier; `groups` counts the scale groups along A (1: scales leave the sum alone).
+    `fmt` is the format that enters the multiplier, `group` the columns that share a scale (0: all of them, so that scales
+    leave the sum alone).
     """
 
     values: Tensor
     fmt: Format
-    groups: int = 1
+    group: int = 0
     quantised: bool = True
+    codes: Tensor | None = None
+    """(.., A) what the values are before any scale, and (.., G) their scales; None where the values are numbers themselves."""
+    scales: Tensor | None = None
 
-    def of(self, rows: Tensor) -> Operand:
-        return Operand(self.values[rows], self.fmt, self.groups, self.quantised)
+    @property
+    def groups(self) -> int:
+        """Scale groups along A."""
+        return -(-self.values.shape[-1] // self.group) if self.group else 1
+
+    def over(self, change: Callable[[Tensor], Tensor]) -> Operand:
+        """With other leading dims: rows picked or repeated."""
+        return replace(
+            self,
+            values=change(self.values),
+            codes=None if self.codes is None else change(self.codes),
+            scales=None if self.scales is None else change(self.scales),
+        )
+
+    def in_slots(self, K: int) -> Operand:
+        """(T, A) -> (T, K, A): each token's row in all of its slots."""
+        return self.over(lambda t: t[:, None, :].expand(t.shape[0], K, t.shape[1]))
 
 
 def plain(values: Tensor, fmt: Format) -> Operand:
     """An operand in the problem's dtype."""
-    return Operand(values.double(), fmt, 1, False)
+    return Operand(values.double(), fmt, quantised=False)
 
 
 def decoded(q: Quantised) -> Operand:
-    return Operand(q.values, q.quantiser.format, q.quantiser.groups(q.q.shape[-1]))
+    return Operand(q.values, q.quantiser.format, q.quantiser.group[1], True, q.integers, q.group_scales)
 
 
 def _eight_bit_float(fmt: Format) -> bool:
@@ -153,10 +174,13 @@ ACCUMULATIONS: dict[str, Accumulation] = {
 
 
 def product(x: Operand, w: Operand, dtype: Format, claims: Claims, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(exact, error), float64 (rows of x, rows of w): x w^T (+ bias), and how far float32 arithmetic may be from it."""
+    """(exact, error), float64 (rows of x, rows of w): x w^T (+ bias), and how far float32 arithmetic may be from it.
+
+    The error is infinite where float32 may leave its range on the way (overflow.py).
+    """
     kind = accumulator_class(x.fmt, w.fmt, claims)
     if claims.decode == "dtype" and not x.quantised:
-        w = Operand(round_to(w.values, dtype), dtype, 1)
+        w = Operand(round_to(w.values, dtype), dtype)
     exact = x.values @ w.values.T
     S = x.values.abs() @ w.values.abs().T
     quantum = quanta(x.values).amin(dim=-1)[:, None] * quanta(w.values).amin(dim=-1)[None]
@@ -172,7 +196,8 @@ def product(x: Operand, w: Operand, dtype: Format, claims: Claims, bias: Tensor 
     terms = U_FP8**-1 if kind.startswith("fp8") else EXACT_TERMS
     finite = torch.where(quantum.isinf(), 1.0, quantum)  # a row of zeros: nothing to round
     proved = (terms * finite >= S) & (S < OVERFLOW) & (finite >= LEAST) & (kind in ("fp32", "int32", "fp8_promoted"))
-    return exact, torch.where(proved | (S == 0), 0.0, error)
+    error = torch.where(proved | (S == 0), 0.0, error)
+    return exact, torch.where(may_overflow(x, w, S + error), torch.inf, error)
 
 
 def grouped(
@@ -183,7 +208,7 @@ def grouped(
     exact = torch.zeros(*local.shape, width, dtype=torch.float64, device=inputs.device)
     error = torch.zeros_like(exact)
     for expert, tokens, slots in by_expert(local, inputs.w1.shape[0]):
-        rows = Operand(x_TKA.values[tokens, slots], x_TKA.fmt, x_TKA.groups, x_TKA.quantised)
+        rows = x_TKA.over(itemgetter((tokens, slots)))
         bias = None if bias_eB is None else bias_eB[expert]
         w = decoded(weight(inputs, name, expert))
         exact[tokens, slots], error[tokens, slots] = product(rows, w, inputs.problem.fmt, claims, bias)

@@ -11,8 +11,8 @@ from cuda_emulator import COMPILER, emulated_candidates, emulating
 from cuda_faults import FAULTS, WIDE, Fault, plant
 from cuda_strides import checks
 
-from moeproof.harness.case import parse_case
-from moeproof.harness.judge import judge
+from moeproof.harness.cases.case import parse_case
+from moeproof.harness.judging.judge import judge
 from moeproof.harness.verdict import Outcome
 from moeproof.optimized import align as triton
 from moeproof.optimized.cuda import align as cuda
@@ -120,6 +120,11 @@ def caught(fault: Fault, folder: Path, sources: Path) -> bool:
             return not checks("cpu")[fault.stage]()
         candidate = next(c for c in emulated_candidates() if c.name == fault.candidate)
         return judge(candidate, parse_case(fault.case), "cpu").outcome in (Outcome.FAIL, Outcome.FLAKY)
+
+
+def test_a_fault_that_no_verdict_sees_has_a_tool() -> None:
+    assert all(fault.tool for fault in FAULTS if not fault.judged)
+    assert {fault.tool for fault in FAULTS} >= {"memcheck", "racecheck", "initcheck", "synccheck"}
 
 
 @pytest.mark.parametrize("name", SAMPLE)

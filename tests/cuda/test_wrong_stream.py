@@ -7,9 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from moeproof.harness.case import parse_case
-from moeproof.harness.judge import judge
-from moeproof.harness.pairs import as_candidate
+from moeproof.harness.cases.case import parse_case
+from moeproof.harness.judging.judge import judge
+from moeproof.harness.judging.pairs import as_candidate
 from moeproof.harness.registry import load_candidates
 from moeproof.harness.verdict import Outcome
 from moeproof.reference.contract import Candidate, Inputs

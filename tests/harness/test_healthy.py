@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from moeproof.harness.case import LOGITS, ROUTINGS, Case, parse_case
+from moeproof.harness.cases.case import LOGITS, ROUTINGS, Case, parse_case
+from moeproof.harness.cases.sample import SAMPLED_VALUES, draw
+from moeproof.harness.cases.tiers import TIERS, cases_of
 from moeproof.harness.faults.fault import Fault
 from moeproof.harness.faults.grounds import ground_of, judged, vacuous
-from moeproof.harness.judge import judge
+from moeproof.harness.judging.judge import judge
 from moeproof.harness.registry import find_candidates
-from moeproof.harness.sample import SAMPLED_VALUES, draw
-from moeproof.harness.tiers import TIERS, cases_of
 from moeproof.harness.verdict import Outcome
 
 CANDIDATES = {c.name: c for c in find_candidates()}

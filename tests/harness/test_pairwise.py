@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 
-from moeproof.harness import axes
-from moeproof.harness.axes import AXES, DEFAULTS, build, covering, possible
-from moeproof.harness.case import SATURATING, parse_case
-from moeproof.harness.pairwise import Pair, Row, cover, pairs, pairs_of
-from moeproof.harness.tiers import cases_of
+from moeproof.harness.cases import axes
+from moeproof.harness.cases.axes import AXES, DEFAULTS, build, covering, possible
+from moeproof.harness.cases.case import SATURATING, parse_case
+from moeproof.harness.cases.pairwise import Pair, Row, cover, pairs, pairs_of
+from moeproof.harness.cases.tiers import cases_of
 from moeproof.reference.contract.activations import Activation
 from moeproof.reference.contract.router import Router
 

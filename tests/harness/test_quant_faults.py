@@ -15,15 +15,15 @@ from typing import Any
 import pytest
 import torch
 
-from moeproof.harness.case import parse_case
-from moeproof.harness.expect import Expectation, judge_shown
+from moeproof.harness.cases.case import parse_case
+from moeproof.harness.cases.inputs import make_inputs
+from moeproof.harness.cases.quant_sample import QUANTISED, scheme_cases
 from moeproof.harness.faults.catalogue import CATALOGUE, scales
 from moeproof.harness.faults.fault import Edit, plant
 from moeproof.harness.faults.pipeline import CLAIMS
 from moeproof.harness.faults.quant_pipeline import Coded, QuantPipeline
-from moeproof.harness.inputs import make_inputs
-from moeproof.harness.memory import Poison, guard_inputs
-from moeproof.harness.quant_sample import QUANTISED, scheme_cases
+from moeproof.harness.judging.expect import Expectation, judge_shown
+from moeproof.harness.judging.memory import Poison, guard_inputs
 from moeproof.harness.verdict import Finding
 from moeproof.reference.contract import Inputs, Quantiser, Stage
 from moeproof.reference.eager.quantise import Matrix, quantise

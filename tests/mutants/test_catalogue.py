@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from moeproof.harness.case import parse_case
+from moeproof.harness.cases.case import parse_case
 from moeproof.harness.faults import ranks
 from moeproof.harness.faults.catalogue import CATALOGUE, by_id
 from moeproof.harness.faults.chance import hunt_by_chance

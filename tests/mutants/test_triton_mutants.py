@@ -13,10 +13,10 @@ from types import ModuleType
 
 import pytest
 
-from moeproof.harness.case import parse_case
+from moeproof.harness.cases.case import parse_case
 from moeproof.harness.faults.catalogue import by_id
-from moeproof.harness.judge import judge
-from moeproof.harness.memory import PATTERNS
+from moeproof.harness.judging.judge import judge
+from moeproof.harness.judging.memory import PATTERNS
 from moeproof.harness.verdict import Outcome
 from moeproof.optimized import activation, align_small, candidates, combine, grouped_gemm, router
 from moeproof.reference.contract import Candidate, Stage

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moeproof.harness.case import Case, parse_case
-from moeproof.harness.inputs import digest, make_inputs
-from moeproof.harness.judge import judge
+from moeproof.harness.cases.case import Case, parse_case
+from moeproof.harness.cases.inputs import digest, make_inputs
+from moeproof.harness.cases.spread import SPREADS, spread_tokens
+from moeproof.harness.cases.worlds import make_rank_inputs, make_world_inputs, seeds, whole_case
+from moeproof.harness.judging.judge import judge
 from moeproof.harness.registry import load_candidates
-from moeproof.harness.spread import SPREADS, spread_tokens
 from moeproof.harness.verdict import Outcome
-from moeproof.harness.worlds import make_rank_inputs, make_world_inputs, seeds, whole_case
 from moeproof.reference.contract import ContractError, Grid, Problem, World
 
 SIZES = "T=9,H=20,I=13,E=7,K=3"

@@ -1,0 +1,214 @@
+"""The fused fp8 layer for very few tokens, without sorting: each slot multiplies its expert's codes on its own.
+
+Products of decoded codes are taken in float32 outside the tensor cores. Scales of blocks multiply the vector, once for each
+of its columns; those of rows and channels the finished sums.
+"""
+
+# Device code has no annotations: Triton gives its arguments their types at each launch.
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from moeproof.optimized.activation import gated, ungated
+from moeproof.optimized.overlap import after_previous, launch_options
+from moeproof.optimized.slots import Slots, local_expert
+from moeproof.optimized.vector import Strip
+from moeproof.reference.contract.activations import Activation
+
+Tensor = torch.Tensor
+GROUP = tl.constexpr(128)
+
+
+@triton.jit
+def _sums(
+    x, xs, stride_xg, w, ws, row, inside, stride_wn, stride_wk, stride_sn, stride_sg, K,
+    BLOCKED: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
+    EVEN: tl.constexpr,
+):  # fmt: skip
+    """float32 (ROWS,): the vector of codes x times these rows of one expert's codes, scales of both applied.
+
+    ALIGNED: the rows share a block of weight scales.
+    """
+    acc = tl.zeros([ROWS, STEP], tl.float32)
+    w_row = w + row.to(tl.int64)[:, None] * stride_wn
+    for first in tl.range(0, K, STEP, num_stages=STAGES):
+        k = first + tl.arange(0, STEP)
+        real = k < K
+        x_k = tl.load(x + k, mask=real, other=0.0).to(tl.float32)
+        mask = inside[:, None] if EVEN else inside[:, None] & real[None, :]
+        w_k = tl.load(w_row + k.to(tl.int64)[None, :] * stride_wk, mask=mask, other=0.0).to(tl.float32)
+        if BLOCKED:
+            x_k *= tl.load(xs + k // GROUP * stride_xg, mask=real, other=0.0)
+            if ALIGNED:
+                at = ws + (tl.min(row, 0) // GROUP).to(tl.int64) * stride_sn + k // GROUP * stride_sg
+                x_k *= tl.load(at, mask=real, other=0.0)
+            else:
+                at = ws + (row // GROUP).to(tl.int64)[:, None] * stride_sn + (k // GROUP)[None, :] * stride_sg
+                w_k *= tl.load(at, mask=inside[:, None] & real[None, :], other=0.0)
+        acc += x_k[None, :] * w_k
+    total = tl.sum(acc, 1)
+    if not BLOCKED:
+        total *= tl.load(xs) * tl.load(ws + row.to(tl.int64) * stride_sn, mask=inside, other=0.0)
+    return total
+
+
+@triton.jit
+def _vector_gate_up(
+    x, xs, w, ws, bias_eN, h_SI, I, H,  # noqa: E741  (the project's letter)
+    stride_xt, stride_xst, stride_xsg, stride_we, stride_wn, stride_wh, stride_se, stride_sn, stride_sg, stride_be, stride_bn,
+    ids, expert_map, stride_t, stride_k, num_experts, num_local, K,
+    NAME: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
+    ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr, LINEAR_BETA: tl.constexpr,
+    BLOCKED: tl.constexpr, ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    after_previous(OVERLAP)
+    slot = tl.program_id(0)
+    i = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    inside = i < I
+    expert = local_expert(slot, True, ids, expert_map, stride_t, stride_k, num_experts, num_local, K)
+    if expert < 0:
+        # The next pass quantises every row.
+        tl.store(h_SI + slot.to(tl.int64) * I + i, tl.zeros([ROWS], h_SI.dtype.element_ty), mask=inside)
+    else:
+        token = (slot // K).to(tl.int64)
+        x += token * stride_xt
+        xs += token * stride_xst
+        w += expert.to(tl.int64) * stride_we
+        ws += expert.to(tl.int64) * stride_se
+        row_g = i if PACKED or not GATED else 2 * i
+        g = _sums(
+            x, xs, stride_xsg, w, ws, row_g, inside, stride_wn, stride_wh, stride_sn, stride_sg, H,
+            BLOCKED, ALIGNED, ROWS, STEP, STAGES, EVEN,
+        )  # fmt: skip
+        bias = bias_eN + expert.to(tl.int64) * stride_be if bias_eN is not None else 0
+        if bias_eN is not None:
+            g += tl.load(bias + row_g.to(tl.int64) * stride_bn, mask=inside, other=0.0).to(tl.float32)
+        if GATED:
+            row_u = I + i if PACKED else 2 * i + 1
+            u = _sums(
+                x, xs, stride_xsg, w, ws, row_u, inside, stride_wn, stride_wh, stride_sn, stride_sg, H,
+                BLOCKED, ALIGNED, ROWS, STEP, STAGES, EVEN,
+            )  # fmt: skip
+            if bias_eN is not None:
+                u += tl.load(bias + row_u.to(tl.int64) * stride_bn, mask=inside, other=0.0).to(tl.float32)
+            h = gated(g, u, NAME, ALPHA, BETA, LIMIT, LINEAR_BETA)
+        else:
+            h = ungated(g, NAME)
+        tl.store(h_SI + slot.to(tl.int64) * I + i, h.to(h_SI.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _vector_down(
+    h, hs, w, ws, bias_eH, weights_TK, out_TH, I, H, scale,  # noqa: E741  (the project's letter)
+    stride_hs, stride_hr, stride_hg, stride_we, stride_wh, stride_wi, stride_se, stride_sn, stride_sg, stride_be, stride_bh,
+    stride_weight_t, stride_weight_k, stride_ot, stride_oh,
+    ids, expert_map, stride_t, stride_k, num_experts, num_local, K,
+    BLOCKED: tl.constexpr, ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """One loop over the slots of a token and the steps of a product, so that loads never wait for a slot's sum."""
+    after_previous(OVERLAP)
+    t = tl.program_id(0)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    inside = row < H
+    steps = tl.cdiv(I, STEP)
+    acc = tl.zeros([ROWS, STEP], tl.float32)
+    extra = tl.zeros([ROWS], tl.float32)
+    for turn in tl.range(0, K * steps, num_stages=STAGES):
+        slot = t * K + turn // steps
+        expert = local_expert(slot, True, ids, expert_map, stride_t, stride_k, num_experts, num_local, K)
+        live = expert >= 0
+        own = tl.maximum(expert, 0).to(tl.int64)
+        factor = tl.full([], 1.0, tl.float32)
+        if weights_TK is not None:
+            at = weights_TK + t.to(tl.int64) * stride_weight_t + (turn // steps).to(tl.int64) * stride_weight_k
+            factor = tl.load(at, mask=live, other=0.0).to(tl.float32)
+        k = turn % steps * STEP + tl.arange(0, STEP)
+        real = (k < I) & live
+        mask = inside[:, None] & live if EVEN else inside[:, None] & real[None, :]
+        at_w = w + own * stride_we + row.to(tl.int64)[:, None] * stride_wh + k.to(tl.int64)[None, :] * stride_wi
+        w_k = tl.load(at_w, mask=mask, other=0.0).to(tl.float32)
+        h_k = tl.load(h + slot.to(tl.int64) * stride_hs + k, mask=real, other=0.0).to(tl.float32)
+        at_hs = hs + slot.to(tl.int64) * stride_hr
+        if BLOCKED:
+            h_k *= tl.load(at_hs + k // GROUP * stride_hg, mask=real, other=0.0)
+            if ALIGNED:
+                at = ws + own * stride_se + (tl.min(row, 0) // GROUP).to(tl.int64) * stride_sn + k // GROUP * stride_sg
+                h_k *= tl.load(at, mask=real, other=0.0)
+            else:
+                at = ws + own * stride_se + (row // GROUP).to(tl.int64)[:, None] * stride_sn
+                w_k *= tl.load(at + (k // GROUP)[None, :] * stride_sg, mask=mask & real[None, :], other=0.0)
+            acc += (factor * h_k)[None, :] * w_k
+        else:
+            channel = tl.load(ws + own * stride_se + row.to(tl.int64) * stride_sn, mask=inside & live, other=0.0)
+            acc += ((factor * tl.load(at_hs)) * channel)[:, None] * (h_k[None, :] * w_k)
+        if bias_eH is not None:
+            at_b = bias_eH + own * stride_be + row.to(tl.int64) * stride_bh
+            extra += factor * tl.load(at_b, mask=inside & live & (turn % steps == 0), other=0.0).to(tl.float32)
+    total = (tl.sum(acc, 1) + extra) * scale
+    at_out = out_TH + t.to(tl.int64) * stride_ot + row.to(tl.int64) * stride_oh
+    tl.store(at_out, total.to(out_TH.dtype.element_ty), mask=inside)
+
+
+def _scaling(w_scale: Tensor, rows: int, strip: Strip, beginnings: tuple[int, ...]) -> dict[str, bool]:
+    """Whether scales are of blocks, and whether the rows of a strip, which begin at multiples of its height after each of
+    `beginnings`, always share one."""
+    blocked = w_scale.size(1) != rows or w_scale.size(2) > 1
+    aligned = 128 % strip.rows == 0 and all(b % strip.rows == 0 for b in beginnings)
+    return {"BLOCKED": blocked, "ALIGNED": aligned}
+
+
+def vector_gate_up_act(
+    x: tuple[Tensor, Tensor],
+    w1: tuple[Tensor, Tensor],
+    h_SI: Tensor,
+    slots: Slots,
+    strip: Strip,
+    act: Activation,
+    b1_eN: Tensor | None = None,
+    overlap: bool = False,
+) -> None:
+    """h[slot] = act(x[slot // K] @ w1[expert].T (+ b1)) of live slots, zeros for dead ones. x and w1 are codes and scales; h,
+    and the codes of x, are contiguous."""
+    (codes, scales), (w, ws) = x, w1
+    I, H = h_SI.size(1), codes.size(1)  # noqa: E741  (the project's letter)
+    scaling = _scaling(ws, w.size(1), strip, (0, I))
+    if act.gated and act.interleaved:
+        scaling["ALIGNED"] = False
+    _vector_gate_up[(slots.count, triton.cdiv(I, strip.rows))](
+        codes, scales, w, ws, b1_eN, h_SI, I, H, codes.stride(0), *scales.stride(), *w.stride(), *ws.stride(),
+        *(b1_eN.stride() if b1_eN is not None else (0, 0)), *slots.arguments,
+        NAME=act.name, GATED=act.gated, PACKED=not act.interleaved,
+        ALPHA=act.alpha or 0.0, BETA=act.beta or 0.0, LIMIT=act.limit or 0.0, LINEAR_BETA=act.linear_beta or 0.0,
+        **scaling, ROWS=strip.rows, STEP=strip.step, STAGES=strip.stages, EVEN=H % strip.step == 0, num_warps=strip.warps,
+        **launch_options(overlap),
+    )  # fmt: skip
+
+
+def vector_down(
+    h: tuple[Tensor, Tensor],
+    w2: tuple[Tensor, Tensor],
+    out_TH: Tensor,
+    weights_TK: Tensor | None,
+    slots: Slots,
+    strip: Strip,
+    b2_eH: Tensor | None = None,
+    scale: float = 1.0,
+    overlap: bool = False,
+) -> None:
+    """out[t] = scale * sum over live slots of weight * (h[slot] @ w2[expert].T (+ b2)). Every row of `out` is written."""
+    (codes, scales), (w, ws) = h, w2
+    (T, H), I = out_TH.shape, codes.size(1)  # noqa: E741  (the project's letter)
+    _vector_down[(T, triton.cdiv(H, strip.rows))](
+        codes, scales, w, ws, b2_eH, weights_TK, out_TH, I, H, scale, codes.stride(0), *scales.stride(), *w.stride(),
+        *ws.stride(), *(b2_eH.stride() if b2_eH is not None else (0, 0)),
+        *(weights_TK.stride() if weights_TK is not None else (0, 0)), *out_TH.stride(), *slots.arguments,
+        **_scaling(ws, H, strip, (0,)),
+        ROWS=strip.rows, STEP=strip.step, STAGES=strip.stages, EVEN=I % strip.step == 0, num_warps=strip.warps,
+        **launch_options(overlap),
+    )  # fmt: skip
