@@ -62,6 +62,9 @@ QUANTISED = (
     ),
     "scheme=fp8_block,dtype=fp16,routing=minus1,strided=1",
     "scheme=fp8_token,dtype=fp32,act=swigluoai,routing=dup",
+    "scheme=fp8_token,act=swigluoai,routing=minus1,strided=1",
+    "scheme=fp8_token,routing=empty,ep=2,values=hetero",
+    "scheme=fp8_token,shared=32,act=relu2_no_mul,routing=hot",
     "scheme=mxfp4_w4a4_up,dtype=fp16,act=relu2_no_mul",
 )
 LONGEST = 45.0
