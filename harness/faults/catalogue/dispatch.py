@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from moeproof.harness.faults.catalogue.quantise import NO_SCHEME
 from moeproof.harness.faults.fault import Fault
 from moeproof.reference.contract.stages import Stage
 
 Tensor = torch.Tensor
+ON_RANKS = "the plain pipeline quantises nothing; planted on ranks in tests/ranks/test_quant_rank_faults.py instead"
 MAPS = (Stage.PERMUTE, Stage.DISPATCH)
 """The plan of the standard layout, the counts and rows of the batched one."""
 
@@ -96,7 +96,7 @@ FAULTS = (
         "sglang#31529",
         "quantised dispatch",
         (Stage.DISPATCH,),
-        why_not=NO_SCHEME,
+        why_not=ON_RANKS,
     ),
     Fault(
         "P25",
@@ -104,7 +104,7 @@ FAULTS = (
         "vllm#49335",
         "R > 1 and a tiled-scale format",
         (Stage.DISPATCH,),
-        why_not=NO_SCHEME,
+        why_not=ON_RANKS,
     ),
     Fault(
         "P26",
