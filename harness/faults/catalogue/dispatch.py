@@ -12,7 +12,6 @@ from moeproof.harness.faults.fault import Fault
 from moeproof.reference.contract.stages import Stage
 
 Tensor = torch.Tensor
-ON_RANKS = "the plain pipeline quantises nothing; planted on ranks in tests/ranks/test_quant_rank_faults.py instead"
 MAPS = (Stage.PERMUTE, Stage.DISPATCH)
 """The plan of the standard layout, the counts and rows of the batched one."""
 
