@@ -1,60 +1,57 @@
 """Everything about the CUDA stages that needs a GPU, in one command: build, verdicts, planted faults, sanitizer, timings.
 
-    python ci/cuda_check.py docs/results/cuda-h100.json
+    python ci/cuda_check.py docs/results/cuda-h100.json [--workers 6] [--seconds 600] [--thin 1]
 
-Needs nvcc, compute-sanitizer and one NVIDIA GPU; about three minutes on 16 cores. Exit code 0 when every verdict is PASS,
-every fault is caught, the sanitizer reports nothing on the healthy sources and something on two faulty ones.
+Needs nvcc, compute-sanitizer and one NVIDIA GPU. Parts come in the order in which they teach most; each is written down when
+it ends, so that a run that is cut short loses no more than its last part. Exit code 0 when everything asked for was done,
+every verdict is PASS, every fault is caught, and the sanitizer reports nothing but its controls.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
-import multiprocessing
-import os
 import re
 import subprocess
 import sys
-import tempfile
+import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "cuda"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import cuda_faults as faults
-import cuda_strides as strides
+import cuda_jobs as jobs
+import cuda_sanitizer as sanitizer
+import deadlines
+from cuda_jobs import faults
 from cuda_timings import copy_bandwidth, timings
 
-from moeproof.harness import modes, results
-from moeproof.harness.case import Case, parse_case
-from moeproof.harness.inputs import make_inputs
-from moeproof.harness.judge import judge
-from moeproof.harness.presets import preset
-from moeproof.harness.sample import sample
-from moeproof.harness.tiers import cases_of, preset_cases
-from moeproof.harness.verdict import Outcome
-from moeproof.optimized.cuda import toolkit
+from moeproof.harness import modes
+from moeproof.harness.cases.case import Case, parse_case
+from moeproof.harness.cases.presets import preset
+from moeproof.harness.cases.sample import sample
+from moeproof.harness.cases.tiers import cases_of, preset_cases
+from moeproof.harness.judging.pairs import as_candidate
+from moeproof.harness.reports import results
+from moeproof.optimized.cuda import quant_stages, stages, toolkit
 from moeproof.optimized.cuda.build import build_all
-from moeproof.optimized.cuda.candidates import MIXES, candidates
-from moeproof.reference.contract import Candidate
+from moeproof.optimized.cuda.candidates import MIXES, QUANT_MIXES, candidates
 
-TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-CONTROLS = (("memcheck", "combine.past_end"), ("racecheck", "combine.no_barrier"))
-"""Faults that a tool must report: a sanitizer that sees nothing has shown nothing."""
-SMALL = (
-    "T=17,H=50,I=50,E=60,K=6,routing=minus1",
-    "T=17,H=56,I=48,E=60,K=6,dtype=fp32,act=swigluoai,router=sigmoid:bias:groups=4/2:top2:renorm=eps/1e-20:scale=2.5",
-    "T=1100,H=16,I=8,E=60,K=8",
-    "T=9,H=64,I=48,E=7,K=3,ep=2,strided=1,router=softmax_topk:fused_shared=1",
-    "T=5,H=64,I=48,E=8,K=2,router=softmax:bias:zero_experts=4:scale=6",
-    "T=9,H=160,I=96,E=5,K=2,scheme=fp8_block,routing=minus1",
-    "T=9,H=50,I=50,E=5,K=2,scheme=fp8_token",
+PARTS = ("build", "first", "verdicts", "faults", "sanitizer", "timings")
+FIRST = (
+    "T=9,H=104,I=72,E=4,K=2,seed=2",
+    "T=9,H=160,I=96,E=5,K=2,scheme=fp8_block",
+    "T=9,H=160,I=96,E=5,K=2,scheme=fp8_token",
+)
+"""A small case for each candidate, before anything longer."""
+ROUTED = (
+    "T=1024,H=8,I=8,E=128,K=8,router=softmax:renorm=sum",
+    "T=2000,H=8,I=8,E=60,K=6,router=sigmoid:bias:groups=4/2:top2:renorm=sum,logits=ties",
 )
 QUANTISED = (
     *(f"scheme={name}" for name in ("fp8_tensor_static", "mxfp8", "mxfp8_up", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp4_w4a8_static")),
@@ -65,186 +62,134 @@ QUANTISED = (
     ),
     "scheme=fp8_block,dtype=fp16,routing=minus1,strided=1",
     "scheme=fp8_token,dtype=fp32,act=swigluoai,routing=dup",
+    "scheme=fp8_token,act=swigluoai,routing=minus1,strided=1",
+    "scheme=fp8_token,routing=empty,ep=2,values=hetero",
+    "scheme=fp8_token,shared=32,act=relu2_no_mul,routing=hot",
     "scheme=mxfp4_w4a4_up,dtype=fp16,act=relu2_no_mul",
 )
-
-
-def by_name(name: str) -> Candidate:
-    return next(c for c in candidates() if c.name == name)
+LONGEST = 45.0
+"""Seconds for one job."""
 
 
 def cases() -> list[str]:
     """Case lines of the quick tier, of every preset as a scaled twin, of random layers, and two at full size."""
     chosen = [*cases_of("quick"), *(case for _, case in preset_cases(8)), *sample(24, 5000)]
-    chosen += [Case(replace(preset("qwen3-30b-a3b"), T=t)) for t in (1, 2048)]
     chosen += [parse_case(f"T=33,H=288,I=160,E=8,K=2,{line}") for line in QUANTISED]
     # The healthy twins of the planted faults.
     chosen += [parse_case(fault.case) for fault in faults.FAULTS if fault.case != faults.WIDE]
-    return list(dict.fromkeys(str(case) for case in chosen))
+    chosen += [Case(replace(preset("qwen3-30b-a3b"), T=t)) for t in (1, 2048)]
+    lines = list(dict.fromkeys(str(case) for case in chosen))
+    return [
+        line for line in lines if any(c.supports(parse_case(line).problem) is None for c in map(as_candidate, candidates()))
+    ]
 
 
-def index_width(_: None) -> dict[str, bool]:
-    """Stages whose calls on far-apart rows agree with those on small tensors. Runs in a worker process."""
-    return {stage: check() for stage, check in strides.checks("cuda").items()}
+def seams(verdicts: list[dict]) -> dict[str, dict[str, int]]:  # type: ignore[type-arg]
+    """Passed verdicts of every pair of backends at every seam: the matrix of who hands tensors to whom."""
+    plain = MIXES | {jobs.TRITON: ()}, stages.SEAMS, ""
+    quant = QUANT_MIXES | {f"{jobs.TRITON}-quant": ()}, quant_stages.SEAMS, "quantised: "
+    found: dict[str, dict[str, int]] = {}
+    for mixes, pairs, prefix in (plain, quant):
+        passed = {name: sum(v["outcome"] == "PASS" for v in verdicts if v["candidate"] == name) for name in mixes}
+        for pair in pairs[1:] if pairs is stages.SEAMS else pairs:  # the first is jobs.routed's
+            row: dict[str, int] = {}
+            for name, cuda in mixes.items():
+                backends = ", ".join("cuda" if stage in cuda else "triton" for stage in pair)
+                row[backends] = row.get(backends, 0) + passed[name]
+            found[prefix + " > ".join(pair)] = row
+    return found
 
 
-def verify(job: tuple[str, str]) -> dict[str, object]:
-    """The verdict of (candidate, case line); runs in a worker process."""
-    modes.choose("device")
-    verdict = judge(by_name(job[0]), parse_case(job[1]), "cuda")
-    row: dict[str, object] = {"candidate": job[0], "case": job[1], "outcome": str(verdict.outcome), "checked": verdict.checked}
-    if verdict.outcome not in (Outcome.PASS, Outcome.UNSUPPORTED):
-        row["words"] = str(verdict)[:1500]
-    elif verdict.outcome is Outcome.UNSUPPORTED:
-        row["words"] = verdict.reason
-    return row
+class Check:
+    """A run: its parts write into `record`, and whatever is not well into `wrong`."""
 
+    def __init__(self, output: Path, workers: int, seconds: float, thin: int) -> None:
+        self.output, self.workers, self.thin = output, workers, thin
+        self.start = time.monotonic()
+        self.until = self.start + seconds
+        self.record: dict[str, object] = results.origin("cuda", output) | {"nvcc": _compiler()}
+        self.wrong: list[dict] = []  # type: ignore[type-arg]
+        self.watching: list[Future[dict[str, object]]] = []
 
-def history(name: str) -> dict[str, object]:
-    """Graph replay with changed inputs, and a side stream: bits as in a plain call. Runs in a worker process."""
-    modes.choose("device")
-    run = by_name(name).run
-    scheme = "none" if name in MIXES else "fp8_block"
-    lines = (f"T=64,H=512,I=256,E=32,K=4,scheme={scheme},seed={seed}" for seed in (1, 2))
-    first, second = (make_inputs(parse_case(line), "cuda") for line in lines)
-    wanted = [{n: t.clone() for n, t in run(given).items()} for given in (first, second)]  # type: ignore[union-attr]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        aside = {n: t.clone() for n, t in run(first).items()}  # type: ignore[union-attr]
-    stream.synchronize()
-    held = first.map({n: t.clone() for n, t in first.tensors()})
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        shown = run(held)
-    replays = []
-    for given in (second, first):
-        for (_, to), (_, source) in zip(held.tensors(), given.tensors(), strict=True):
-            to.copy_(source)
-        graph.replay()
-        torch.cuda.synchronize()
-        replays.append({n: t.clone() for n, t in shown.items()})  # type: ignore[union-attr]
-    compared = [n for n in wanted[0] if n not in ("sorted_slots", "block_expert")]  # their unused tails hold anything
+    def part(self, name: str) -> None:
+        """Run one, keep what it found, and say how long it took."""
+        begun = time.monotonic()
+        found = getattr(self, name)() if begun < self.until else deadlines.lost("not begun: the time was up")
+        if "lost" in found:
+            self.note(found | {"part": name})
+        self.record[name] = found | {"seconds": round(time.monotonic() - begun, 1)}
+        results.write(self.output, self.record | {"wrong": len(self.wrong)})
+        words = {key: value for key, value in found.items() if not isinstance(value, list)}
+        print(f"== {name}: {time.monotonic() - begun:.0f} s, {json.dumps(words)}", flush=True)
 
-    def equal(a: dict, b: dict) -> bool:  # type: ignore[type-arg]
-        return all(torch.equal(a[n].contiguous().view(torch.uint8), b[n].contiguous().view(torch.uint8)) for n in compared)
+    def note(self, row: dict) -> None:  # type: ignore[type-arg]
+        """Something is not well: say so at once, since a run can be cut short."""
+        self.wrong.append(row)
+        print(json.dumps(row), flush=True)
 
-    return {
-        "candidate": name,
-        "graph_replay": equal(replays[0], wanted[1]) and equal(replays[1], wanted[0]),
-        "side_stream": equal(aside, wanted[0]),
-    }
+    def run(self, work: list[deadlines.Job], until: float, fresh: bool = False) -> list[dict]:  # type: ignore[type-arg]
+        return deadlines.run(work, self.workers, LONGEST, until, fresh, self.look)
 
+    def look(self, row: dict) -> None:  # type: ignore[type-arg]
+        for one in row.get("verdicts", [row]):
+            failed = one.get("outcome") not in (None, "PASS", "UNSUPPORTED")
+            if "lost" in one or failed or not all(value for value in one.values() if isinstance(value, bool)):
+                self.note(one)
 
-def small(fault: str) -> None:
-    """A few small layers, for the sanitizer; with a fault planted where one is named."""
-    modes.choose("device")
-    sources = toolkit.SOURCES
-    if fault:
-        planted = next(f for f in faults.FAULTS if f.name == fault)
-        sources = faults.plant(planted, Path(tempfile.mkdtemp()))
-    with patch.object(toolkit, "SOURCES", sources):
-        for line in SMALL:
-            for candidate in candidates():
-                case = parse_case(line)
-                if candidate.name != "triton-cuda-gemm" and candidate.supports(case.problem) is None:
-                    candidate.run(make_inputs(case, "cuda"))
-        torch.cuda.synchronize()
+    def build(self) -> dict[str, object]:
+        arch = toolkit.architecture(torch.device("cuda", 0))
+        made = build_all([arch])
+        # Faulty libraries are compiled beside the verdicts, which leave cores idle while they wait for the GPU.
+        work = [functools.partial(jobs.compile_fault, fault.name, arch) for fault in faults.FAULTS]
+        threading.Thread(target=deadlines.run, args=(work, 8, 2 * LONGEST, self.until), daemon=True).start()
+        return {"arch": arch, "libraries": len(made)}
 
+    def first(self) -> dict[str, object]:
+        work: list[deadlines.Job] = [functools.partial(jobs.verify, line) for line in FIRST]
+        work += [functools.partial(jobs.history, c.name) for c in candidates()]
+        work += [functools.partial(jobs.routed, line) for line in ROUTED]
+        work += [functools.partial(jobs.index_width, stage) for stage in jobs.strides.checks("cuda")]
+        return {"each": self.run(work, min(self.until, time.monotonic() + 60))}
 
-def sanitize(job: tuple[str, str]) -> dict[str, object]:
-    """One tool over `small`; only kernels of this project are looked at."""
-    tool, fault = job
-    command = ["compute-sanitizer", "--tool", tool, "--kernel-name", "kernel_substring=moeproof", sys.executable, __file__]
-    command += ["--small", *(["--fault", fault] if fault else [])]
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    start = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    text = done.stdout + done.stderr
-    summary = [line for line in text.splitlines() if "SUMMARY" in line]
-    counts = [int(n) for line in summary[-1:] for n in re.findall(r"(\d+) (?:error|hazard)", line)]
-    row: dict[str, object] = {"tool": tool, "fault": fault, "errors": max(counts) if counts else None}
-    row |= {"summary": summary[-1].strip("= ") if summary else text[-600:], "seconds": round(time.perf_counter() - start, 1)}
-    if not fault and counts and max(counts):
-        row["first"] = [line for line in text.splitlines() if line.startswith("========")][:12]
-    print(json.dumps(row), flush=True)
-    return row
+    def verdicts(self) -> dict[str, object]:
+        lines = cases()[:: self.thin]
+        found = self.run([functools.partial(jobs.verify, line) for line in lines], self.share(0.45))
+        verdicts = [v for row in found for v in row.get("verdicts", [])]
+        outcomes = sorted({v["outcome"] for v in verdicts})
+        counts = {name: sum(v["outcome"] == name for v in verdicts) for name in outcomes}
+        lost = sum("lost" in row for row in found)
+        return {"cases": len(lines), "lost": lost} | counts | {"seams": seams(verdicts), "each": verdicts}
 
+    def faults(self) -> dict[str, object]:
+        work = [functools.partial(jobs.hunt, fault.name) for fault in faults.FAULTS if fault.judged]
+        found = self.run(work, self.share(0.55), fresh=True)
+        return {"planted": len(found), "caught": sum(bool(f.get("caught")) for f in found), "each": found}
 
-def hunt(fault: faults.Fault) -> dict[str, object]:
-    """Plant a fault, run its case, and say whether it was caught. Runs in a worker process: a fault may crash it."""
-    modes.choose("device")
-    sources = faults.plant(fault, Path(tempfile.mkdtemp()))
-    with patch.object(toolkit, "SOURCES", sources):
-        if fault.case == faults.WIDE:
-            caught, words = not strides.checks("cuda")[fault.stage](), "differs from the call on small strides"
-        else:
-            verdict = judge(by_name(fault.candidate), parse_case(fault.case), "cuda")
-            words = verdict.findings[0].message if verdict.findings else verdict.reason
-            caught = verdict.outcome in (Outcome.FAIL, Outcome.FLAKY) or "CUDA error" in words
-    return {"fault": fault.name, "stands_for": fault.stands_for, "caught": caught, "words": words}
+    def watch(self) -> list[Future[dict[str, object]]]:
+        """Begin with the sanitizer's tools: each takes one core and long, so they go beside other parts."""
+        seconds, cases = self.share(0.8) - time.monotonic(), len(sanitizer.CASES[:: self.thin])
+        pool = ThreadPoolExecutor(len(sanitizer.WATCHED))
+        return [pool.submit(sanitizer.sanitize, *job, cases, seconds) for job in sanitizer.WATCHED]
 
+    def sanitizer(self) -> dict[str, object]:
+        found = [future.result() for future in self.watching or self.watch()]
+        for row in found:
+            if not sanitizer.well(row):
+                self.note(row)
+        return {"clean": sum(r["errors"] == 0 for r in found if not r["fault"]), "each": found}
 
-def in_processes(work: list[tuple[Callable, object]], workers: int, fresh: bool = False) -> list[dict]:  # type: ignore[type-arg]
-    """Results of function(argument). `fresh`: each in a process of its own, since a fault may cost the CUDA context."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1 if fresh else None) as pool:
-        waiting = [pool.submit(function, argument) for function, argument in work]
-        for future in as_completed(waiting):
-            if words := _unwell(future.result()):
-                print(words, flush=True)
-        return [future.result() for future in waiting]
+    def timings(self) -> dict[str, object]:
+        bandwidth = copy_bandwidth()
+        rows = []
+        for row in timings(bandwidth, self.until):
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+        return {"copy_bytes_per_second": round(bandwidth), "each": rows}
 
-
-def _unwell(row: dict) -> str:  # type: ignore[type-arg]
-    """What is wrong with a result, in one line; nothing where all is well. Printed at once: a run can be cut short."""
-    bad = row.get("outcome", "PASS") not in ("PASS", "UNSUPPORTED") or not row.get("caught", True)
-    return json.dumps(row) if bad or not all(v for v in row.values() if isinstance(v, bool)) else ""
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("output", type=Path, nargs="?")
-    parser.add_argument("--small", action="store_true", help="only run a few small layers (what the sanitizer watches)")
-    parser.add_argument("--fault", default="", help="with --small: plant this fault")
-    parser.add_argument("--workers", type=int, default=6)
-    options = parser.parse_args()
-    if options.small:
-        small(options.fault)
-        return 0
-    if options.output is None:
-        parser.error("name the results file")
-    modes.choose("device")
-    start = time.perf_counter()
-    arch = toolkit.architecture(torch.device("cuda", 0))
-    build_all([arch])
-    record = results.origin("cuda", options.output) | {"build_seconds": round(time.perf_counter() - start, 1)}
-    lines = cases()
-    work: list[tuple[Callable, object]] = [(index_width, None)]  # type: ignore[type-arg]
-    work += [(history, c.name) for c in candidates()]
-    work += [(verify, (c.name, line)) for line in lines for c in candidates()]
-    with ThreadPoolExecutor(len(TOOLS) + len(CONTROLS)) as pool:
-        sanitizer = pool.map(sanitize, [*((tool, "") for tool in TOOLS), *CONTROLS])
-        found = in_processes(work, options.workers)
-        print(len(found), "verdicts and histories after", round(time.perf_counter() - start), "s", flush=True)
-        caught = in_processes([(hunt, fault) for fault in faults.FAULTS], options.workers, fresh=True)
-        tools = list(sanitizer)
-    (wide, *kept), verdicts = found[: 1 + len(candidates())], found[1 + len(candidates()) :]
-    bandwidth = copy_bandwidth()
-    record |= {
-        "nvcc": _compiler(),
-        "verdicts": {o: sum(v["outcome"] == o for v in verdicts) for o in sorted({v["outcome"] for v in verdicts})},
-        "history": kept,
-        "index_width": wide,
-        "faults": {"planted": len(caught), "caught": sum(bool(f["caught"]) for f in caught), "each": caught},
-        "sanitizer": tools,
-        "copy_bytes_per_second": round(bandwidth),
-        "timings": timings(bandwidth),
-        "each_verdict": verdicts,
-        "seconds": round(time.perf_counter() - start, 1),
-    }
-    results.write(options.output, record)
-    return 0 if _all_well(record) else 1
+    def share(self, part: float) -> float:
+        """The time by which this part of what is left will be gone."""
+        now = time.monotonic()
+        return now + part * (self.until - now)
 
 
 def _compiler() -> str:
@@ -254,16 +199,22 @@ def _compiler() -> str:
     return release[1] if release else "unknown"
 
 
-def _all_well(record: dict) -> bool:  # type: ignore[type-arg]
-    """Print what matters, and say whether all is well."""
-    wrong = [v for v in record["each_verdict"] if v["outcome"] not in ("PASS", "UNSUPPORTED")]
-    missed = [f for f in record["faults"]["each"] if not f["caught"]]
-    loud = [t for t in record["sanitizer"] if (t["errors"] != 0) != bool(t["fault"]) or t["errors"] is None]
-    for row in (*record["history"], *record["timings"]):
-        print(json.dumps(row))
-    print(record["verdicts"], f"faults {record['faults']['caught']}/{record['faults']['planted']}", record["seconds"], "s")
-    kept = all(record["index_width"].values()) and all(h["graph_replay"] and h["side_stream"] for h in record["history"])
-    return not wrong and not missed and not loud and kept and bool(record["verdicts"].get("PASS"))
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("output", type=Path, help="the results file")
+    parser.add_argument("--workers", type=int, default=6)
+    parser.add_argument("--seconds", type=float, default=600, help="for all parts together")
+    parser.add_argument("--thin", type=int, default=1, help="take every n-th case only")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    options = parser.parse_args()
+    modes.choose("device")
+    check = Check(options.output, options.workers, options.seconds, options.thin)
+    for name in options.parts:
+        if name == "verdicts" and "sanitizer" in options.parts:
+            check.watching = check.watch()
+        check.part(name)
+    print(f"{len(check.wrong)} not well, {time.monotonic() - check.start:.0f} s", flush=True)
+    return 1 if check.wrong else 0
 
 
 if __name__ == "__main__":

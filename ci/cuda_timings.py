@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 
 import torch
 
-from moeproof.optimized.cuda.quantise import activate_quantise, quantise
+from moeproof.optimized.cuda.quantise import quantise
 from moeproof.optimized.cuda.stages import CUDA, TRITON, Stages
+from moeproof.optimized.quant import quantise as triton
 from moeproof.optimized.slots import Slots
 from moeproof.optimized.tiles import rows_per_block
-from moeproof.reference.contract import SCHEMES, Activation, Router
+from moeproof.reference.contract import FORMATS, SCHEMES, Activation, Router
 from moeproof.reference.contract.schemes import Quantiser
 
-SIZES = (1, 16, 64, 256, 1024, 4096, 16384)
+SIZES = (1024, 16384, 1, 16, 64, 256, 4096)
 E, K, H, I = 128, 8, 2048, 768  # noqa: E741  (the project's letter)
 """The sizes of qwen3-30b-a3b."""
 ROUTER = Router.parse("softmax:renorm=sum")
@@ -78,11 +81,11 @@ def calls(T: int) -> tuple[Callable[[Stages], dict[str, Callable[[], object]]], 
     return of, {"act": 2 * (gate_up.numel() + h.numel()), "combine": 2 * (y.numel() + out.numel()) + 8 * T * K}
 
 
-def quantisers(T: int) -> dict[str, tuple[Callable[[], object], int]]:
-    """(call, bytes it must move) of QUANT1 on (T, H), and of ACT with QUANT2 on (T * K, 2 I)."""
+def quantisers(T: int) -> dict[str, tuple[Callable[[], object], Callable[[], object], int]]:
+    """(call, its Triton twin, bytes it must move) of QUANT1 on (T, H), and of ACT with QUANT2 on (T * K, 2 I)."""
     x = torch.randn(T, H, device="cuda").to(torch.bfloat16)
     gate_up = torch.randn(T * K, 2 * I, device="cuda").to(torch.bfloat16)
-    found: dict[str, tuple[Callable[[], object], int]] = {}
+    found: dict[str, tuple[Callable[[], object], Callable[[], object], int]] = {}
     for name in ("fp8_token", "fp8_block", "int8_token", "mxfp8", "mxfp4_w4a4"):
         q = SCHEMES[name].a1
         assert q is not None
@@ -92,17 +95,18 @@ def quantisers(T: int) -> dict[str, tuple[Callable[[], object], int]]:
             scale = 1 if q.scale == "e8m0" else 4
             return rows * (columns // q.format.per_byte + scale * q.groups(columns))
 
-        call = functools.partial(quantise, x, q)
-        found[f"quantise {name}"] = call, 2 * x.numel() + size(T, H)
-        fused = functools.partial(activate_quantise, gate_up, Activation(), q)
-        found[f"act + quantise {name}"] = fused, 2 * gate_up.numel() + size(T * K, I)
+        both = (functools.partial(of, x, q, FORMATS["bf16"]) for of in (quantise, triton.quantise))
+        found[f"quantise {name}"] = *both, 2 * x.numel() + size(T, H)
+        both = (functools.partial(of, gate_up, q, FORMATS["bf16"], act=Activation()) for of in (quantise, triton.quantise))
+        found[f"act + quantise {name}"] = *both, 2 * gate_up.numel() + size(T * K, I)
     return found
 
 
-def timings(bandwidth: float) -> list[dict[str, object]]:
-    """A row for each stage and size."""
-    rows: list[dict[str, object]] = []
+def timings(bandwidth: float, until: float = math.inf) -> Iterator[dict[str, object]]:
+    """A row for each stage and size, the sizes with a target first; none begins after `until` (of time.monotonic)."""
     for T in SIZES:
+        if time.monotonic() > until:
+            return
         of, moved = calls(T)
         cuda, triton = of(CUDA), of(TRITON)
         for stage in cuda:
@@ -115,14 +119,13 @@ def timings(bandwidth: float) -> list[dict[str, object]]:
             }
             if stage in moved:
                 row["fraction_of_copy"] = round(moved[stage] / us * 1e6 / bandwidth, 3)
-            rows.append(row)
+            yield row
         if T not in (16, 1024, 16384):
             continue
-        for name, (call, size) in quantisers(T).items():
-            us = graph_us(call)
+        for name, (ours, twin, size) in quantisers(T).items():
+            us, triton_us = graph_us(ours), graph_us(twin)
             fraction = round(size / us * 1e6 / bandwidth, 3)
-            rows.append({"stage": name, "M": T, "us": round(us, 2), "fraction_of_copy": fraction})
-    return rows
+            yield {"stage": name, "M": T, "us": round(us, 2), "triton_us": round(triton_us, 2), "fraction_of_copy": fraction}
 
 
 if __name__ == "__main__":

@@ -18,9 +18,10 @@ from pathlib import Path
 
 import torch
 
-from moeproof.harness import modes, results
-from moeproof.harness.case import parse_case
-from moeproof.harness.judge import judge
+from moeproof.harness import modes
+from moeproof.harness.cases.case import parse_case
+from moeproof.harness.judging.judge import judge
+from moeproof.harness.reports import results
 from moeproof.harness.verdict import Outcome, Verdict
 from moeproof.reference.contract.candidate import Candidate
 

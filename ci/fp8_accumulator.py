@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from moeproof.harness import results
+from moeproof.harness.reports import results
 from moeproof.reference.contract import FORMATS, Claims
 from moeproof.reference.oracle.codes import round_values, store
 from moeproof.reference.oracle.products import U_FP8, Operand, product

@@ -15,13 +15,14 @@ from pathlib import Path
 
 import torch
 
-from moeproof.harness import modes, results
+from moeproof.harness import modes
 from moeproof.harness.api import exit_code
-from moeproof.harness.case import Case
-from moeproof.harness.judge import judge
-from moeproof.harness.presets import preset
+from moeproof.harness.cases.case import Case
+from moeproof.harness.cases.presets import preset
+from moeproof.harness.judging.judge import judge
 from moeproof.harness.registry import load_candidates
-from moeproof.harness.report import as_dict
+from moeproof.harness.reports import results
+from moeproof.harness.reports.report import as_dict
 from moeproof.harness.verdict import Outcome, Verdict
 
 MODELS = ("mixtral-8x7b", "qwen3-30b-a3b", "deepseek-v3-ep8", "gpt-oss-120b")

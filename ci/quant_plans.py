@@ -15,8 +15,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from moeproof.harness import results
-from moeproof.harness.bench_points import SIZES
+from moeproof.harness.reports import results
+from moeproof.harness.timing.points import SIZES
 from moeproof.optimized.quant.fused_gemm import requantises
 from moeproof.optimized.quant.search import SHORT
 from moeproof.optimized.tiles import Tile

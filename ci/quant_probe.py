@@ -21,9 +21,9 @@ from pathlib import Path
 
 import torch
 
-from moeproof.harness import results
-from moeproof.harness.bench_points import SIZES
-from moeproof.harness.bench_timer import Graph
+from moeproof.harness.reports import results
+from moeproof.harness.timing.points import SIZES
+from moeproof.harness.timing.timer import Graph
 from moeproof.optimized.align import Alignment
 from moeproof.optimized.quant import fused_gemm, packed_gemm
 from moeproof.optimized.quant.fused_gemm import down, gate_up_act, requantises

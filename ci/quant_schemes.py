@@ -1,147 +1,154 @@
 """Judge the quantised Triton candidates on every scheme in both layouts: random cases and exact probes, one results file.
 
-    python ci/quant_schemes.py docs/results/quant-schemes-h100.json [--cases 48] [--seconds 200] [--jobs 8] [--schemes ..]
+    python ci/quant_schemes.py docs/results/quant-campaign-interpret.json --mode interpret [--cases 500] [--seconds 200]
 
 Random cases have scales that differ by 8 binades and more between rows, channels, groups and experts; probes must match bit
-for bit. Exit code 0 when every verdict is PASS. With a GPU the compiled kernels run, without one the interpreter.
+for bit. A results file that is there already is continued: seeds it holds are not judged again. It is written every 20
+seconds, so that a run that is ended early keeps what it has. Exit code 0 when every verdict is PASS, whatever is missing.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
+import json
 import multiprocessing
+import os
+import signal
 import sys
 import time
-from collections import Counter
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from itertools import chain, zip_longest
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
-from moeproof.harness import modes, results, workers
-from moeproof.harness.case import Case
-from moeproof.harness.generator import Stream
-from moeproof.harness.judge import judge
-from moeproof.harness.quant_sample import QUANTISED
+import torch
+
+from moeproof.harness import modes, workers
+from moeproof.harness.cases.quant_sample import QUANTISED
+from moeproof.harness.judging.quant_campaign import CANDIDATES, PROBE, Row, judge_piece, lost
 from moeproof.harness.registry import load_candidates
-from moeproof.harness.verdict import Outcome, Verdict
-from moeproof.reference.contract import SCHEMES, Activation, Problem
+from moeproof.harness.reports import results
+from moeproof.reference.contract import Candidate
 from moeproof.reference.contract.problem import LAYOUTS
 
-T = TypeVar("T")
-CANDIDATES = (
-    *("triton-fp8", "triton-fp8-modular", "triton-fp8-batched"),
-    *("triton-quant", "triton-quant-modular", "triton-quant-batched", "torch-scaled-grouped"),
-)
-SIZES = ((128, 136), (200, 64), (384, 256))
-"""(H, I), rounded up to what the scheme's groups allow. Few, because each is compiled for."""
-TOKENS = (1, 7, 33, 130)
-ACTIVATIONS = ("silu", "silu", "silu", "swigluoai", "relu2_no_mul")
-VALUES = ("groups", "groups", "edges", "ties", "hetero", "normal")
-KEPT = 5
-"""Failures written out for each scheme, layout and candidate."""
+PIECE = {"interpret": 8, "device": 25}
+"""Seeds of one task: few seconds of work. On a GPU half of those that share compiled kernels."""
+LOSSES = 8
+"""GPU faults after which a run ends."""
+WRITE = 20.0
+"""Seconds between two writes of the results file."""
+Piece = tuple[str, str, list[int]]
+_loaded: dict[str, Candidate] = {}
 
 
-def _pick(s: Stream, options: Sequence[T]) -> T:
-    return options[int(s.integers(0, len(options), 1))]
+def _start(mode: str, turns: Any) -> None:
+    """In each worker: its mode, its GPU, the candidates."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the parent decides when to stop
+    if workers.settle(mode) == "device":
+        torch.cuda.set_device(turns.get())
+    _loaded.update({c.name: c for c in load_candidates(CANDIDATES)})
 
 
-def _unit(scheme: str) -> int:
-    """Columns that H and I must be multiples of."""
-    row = SCHEMES[scheme]
-    return max([8, *(q.group[1] for q in (row.a1, row.a2, row.w) if q is not None and not q.ragged)])
+def _judge(piece: Piece, mode: str, until: float) -> Row:
+    if mode == "device" and lost():
+        os._exit(1)  # the fault was counted with the seed that made it; only a new process gets the GPU back
+    return judge_piece(*piece, mode, until, _loaded)
 
 
-def draw(scheme: str, layout: str, seed: int, probe: bool) -> Case:
-    """The case of this seed. Every axis is drawn whatever the others are, so that schemes see the same ones."""
-    s, unit = Stream(seed, "quant_schemes"), _unit(scheme)
-    H, I = (-(-size // unit) * unit for size in _pick(s, SIZES))  # noqa: E741  (the project's letter)
-    tokens, experts, slots = _pick(s, TOKENS), _pick(s, (4, 7)), _pick(s, (1, 2, 3))
-    dtype, act = _pick(s, ("bf16", "bf16", "fp16", "fp32")), _pick(s, ACTIVATIONS)
-    routing = _pick(s, ("uniform", "hot", "minus1", "dup", "zipf"))
-    weighted, bias, kn = (bool(s.integers(0, 4, 1)[0] == 0) for _ in range(3))
-    problem = Problem(
-        T=tokens,
-        H=H,
-        I=I,
-        E=experts,
-        K=slots,
-        dtype="bf16" if probe and dtype == "fp16" else dtype,
-        scheme=scheme,
-        act=Activation.parse("silu" if probe else act),
-        expert_bias=bias,
-        weight_on_input=weighted and slots == 1 and not probe,
-        layout=layout,
-        storage="KN" if kn else "NK",
-    )
-    values = "pin" if probe else _pick(s, VALUES)
-    return Case(problem, values=values, routing=routing, strided=bool(s.integers(0, 8, 1)[0] == 0), seed=seed)
+def _pool(jobs: int, mode: str) -> ProcessPoolExecutor:
+    """Workers that share the GPUs evenly."""
+    context = multiprocessing.get_context("spawn")  # a process in which Triton is not yet imported
+    turns = context.SimpleQueue()
+    for job in range(jobs):
+        turns.put(job % max(torch.cuda.device_count(), 1))
+    return ProcessPoolExecutor(jobs, mp_context=context, initializer=_start, initargs=(mode, turns))
 
 
-def run(scheme: str, layout: str, count: int, budget: float) -> list[dict[str, object]]:
-    """One row for each candidate that supports the scheme in this layout. Every fourth case is a probe.
-
-    After `budget` seconds no further case is begun: a row says how many there were.
-    """
-    start = time.perf_counter()
-    verdicts: dict[str, list[Verdict]] = {}
-    for seed in range(count):
-        if seed >= 4 and time.perf_counter() - start > budget:
-            break
-        case = draw(scheme, layout, seed, seed % 4 == 3)
-        for candidate in load_candidates(CANDIDATES):
-            verdict = judge(candidate, case)
-            if verdict.outcome is not Outcome.UNSUPPORTED:
-                verdicts.setdefault(candidate.name, []).append(verdict)
-    seconds = round(time.perf_counter() - start, 1)
-    return [{"scheme": scheme, "layout": layout, "candidate": n, "seconds": seconds, **_row(v)} for n, v in verdicts.items()]
+def read(path: Path) -> dict[str, Any]:
+    """The results so far: the runs that made them, and rows by (scheme, layout)."""
+    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"runs": [], "rows": []}
+    rows = [Row(**{k: v for k, v in row.items() if k != "cases"}) for row in record["rows"]]
+    return {"runs": record["runs"], "rows": {(row.scheme, row.layout): row for row in rows}}
 
 
-def _row(verdicts: list[Verdict]) -> dict[str, object]:
-    bad = [v for v in verdicts if v.outcome is not Outcome.PASS]
-    worst: dict[str, float] = {}
-    for verdict in verdicts:
-        for name, ratio in verdict.worst.items():
-            worst[name] = max(worst.get(name, 0.0), round(ratio, 4))
-    return {
-        "of": len(verdicts),
-        "probes": sum(v.case.values == "pin" for v in verdicts),
-        "outcomes": dict(Counter(v.outcome.value for v in verdicts)),
-        "checked": sum(v.checked for v in verdicts),
-        "worst": worst,
-        "claims": verdicts[0].claims,
-        "failures": [str(v) for v in bad[:KEPT]],
-    }
+def pieces(rows: dict[tuple[str, str], Row], schemes: list[str], first: int, end: int, mode: str) -> Iterator[Piece]:
+    """What is missing, seed by seed through all schemes and layouts: a run that is ended early has judged all alike."""
+    size, columns = PIECE[mode], []
+    for scheme in schemes:
+        for layout in LAYOUTS:
+            seeds = [seed for seed in rows[scheme, layout].missing(end) if seed >= first]
+            columns.append([(scheme, layout, seeds[at : at + size]) for at in range(0, len(seeds), size)])
+    for rank in zip_longest(*columns):
+        yield from (piece for piece in rank if piece is not None)
+
+
+def write(path: Path, done: dict[str, Any], run: dict[str, object], schemes: list[str]) -> tuple[int, int]:
+    """Write the file; (verdicts that passed, all verdicts)."""
+    rows = [done["rows"][scheme, layout] for scheme in schemes for layout in LAYOUTS if (scheme, layout) in done["rows"]]
+    passed, of = sum(row.outcomes.get("PASS", 0) for row in rows), sum(row.verdicts for row in rows)
+    fewest = min((row.cases for row in rows), default=0)
+    summary = {"pass": passed, "of": of, "fewest_cases": fewest, "seconds": round(sum(row.seconds for row in rows))}
+    results.write(path, {**summary, "runs": [*done["runs"], run], "rows": [row.record() for row in rows]})
+    return passed, of
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--cases", type=int, default=48, help="for each scheme and layout; every fourth is a probe")
-    parser.add_argument("--seconds", type=float, default=200, help="about as long as it may take; fewer cases then")
-    parser.add_argument("--jobs", type=int, default=8)
+    parser.add_argument("--from", dest="first", type=int, default=0, help="the first seed")
+    parser.add_argument("--cases", type=int, default=500, help=f"seeds of each scheme and layout; every {PROBE}th is a probe")
+    parser.add_argument("--seconds", type=float, default=200, help="begin nothing more after this")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--mode", default="auto", choices=modes.MODES)
-    parser.add_argument("--schemes", nargs="+", default=QUANTISED, choices=QUANTISED)
+    parser.add_argument("--schemes", nargs="+", default=list(QUANTISED), choices=QUANTISED)
     options = parser.parse_args()
-    context = multiprocessing.get_context("spawn")  # a process in which Triton is not yet imported
-    rows: list[dict[str, object]] = []
-    start = functools.partial(workers.settle, options.mode)
-    budget = options.seconds * options.jobs / (len(options.schemes) * len(LAYOUTS))
-    with ProcessPoolExecutor(options.jobs, mp_context=context, initializer=start) as pool:
-        waiting = [pool.submit(run, scheme, layout, options.cases, budget) for scheme in options.schemes for layout in LAYOUTS]
-        for future in as_completed(waiting):
-            for row in future.result():
-                rows.append(row)
-                words = (row["scheme"], row["candidate"], row["outcomes"], row["worst"], f"{row['seconds']} s")
-                print(*words, *row["failures"], sep="  ", flush=True)  # type: ignore[misc]
-    rows.sort(key=lambda row: (QUANTISED.index(str(row["scheme"])), str(row["layout"]), str(row["candidate"])))
-    judged = sum(int(str(row["of"])) for row in rows)
-    passed = sum(row["outcomes"].get("PASS", 0) for row in rows)  # type: ignore[attr-defined]
-    device = "cpu" if options.mode == "interpret" else modes.default_device()
-    results.write(options.output, results.origin(device, options.output) | {"pass": passed, "of": judged, "rows": rows})
-    print(f"{passed} of {judged} PASS")
-    return 0 if judged and passed == judged else 1
+    begun, until = time.monotonic(), time.time() + options.seconds
+    compiled = torch.cuda.is_available() and not modes.interpreting()
+    mode = options.mode if options.mode != "auto" else "device" if compiled else "interpret"
+    done = read(options.output)
+    for scheme in options.schemes:
+        for layout in LAYOUTS:
+            done["rows"].setdefault((scheme, layout), Row(scheme, layout))
+    run = results.origin("cuda" if mode == "device" else "cpu", options.output)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of `finally`
+    todo = pieces(done["rows"], options.schemes, options.first, options.first + options.cases, mode)
+    waiting: dict[Future[Row], Piece] = {}
+    written, losses = begun, 0
+    pool = _pool(options.jobs, mode)
+    try:
+        while True:
+            while len(waiting) < 2 * options.jobs and time.time() < until and losses <= LOSSES:
+                piece = next(todo, None)
+                if piece is None:
+                    break
+                waiting[pool.submit(_judge, piece, mode, until)] = piece
+            if not waiting:
+                break
+            try:
+                for future in wait(waiting, timeout=WRITE, return_when=FIRST_COMPLETED).done:
+                    row = future.result()
+                    del waiting[future]
+                    done["rows"][row.scheme, row.layout].add(row)
+                    if row.failures:
+                        print(
+                            f"{time.monotonic() - begun:.0f} s", row.scheme, row.layout, *row.failures, sep="\n  ", flush=True
+                        )
+            except BrokenProcessPool:
+                losses += 1
+                todo, waiting = chain(list(waiting.values()), todo), {}
+                pool = _pool(options.jobs, mode)
+            if time.monotonic() - written > WRITE:
+                written = time.monotonic()
+                passed, of = write(options.output, done, run | {"elapsed": round(written - begun)}, list(QUANTISED))
+                print(f"{written - begun:.0f} s: {passed} of {of} PASS", flush=True)
+    finally:
+        passed, of = write(options.output, done, run | {"elapsed": round(time.monotonic() - begun)}, list(QUANTISED))
+        pool.shutdown(wait=False, cancel_futures=True)
+    fewest = min(row.cases for row in done["rows"].values())
+    print(f"{passed} of {of} PASS, at least {fewest} cases of each scheme and layout", flush=True)
+    return 0 if of and passed == of else 1
 
 
 if __name__ == "__main__":

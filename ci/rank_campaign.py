@@ -29,8 +29,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 import torch.distributed as dist
 
-from moeproof.harness import results
 from moeproof.harness.ranks import Ending, RankContext, RankPool
+from moeproof.harness.reports import results
 
 DEADLINE = 3.0
 MARGIN = 2.0
@@ -134,6 +134,7 @@ def kills(pool: RankPool, count: int) -> dict[str, Any]:
         after = pool.run(exchange, 64)
         if not after.ok or after.results != (True,) * pool.world_size:
             wrong.append(f"kill {turn}: the next case did not pass: {after}")
+        print(f"kill {turn}: {len(wrong)} wrong, verdict after {seconds[-1]:.2f} s", file=sys.stderr, flush=True)
     return {
         "kills": count,
         "wrong": wrong,
@@ -152,6 +153,7 @@ def hangs(pool: RankPool) -> dict[str, Any]:
         seconds = time.monotonic() - start
         after = pool.run(exchange, 64)
         right = not run.ok and words in run.reason and seconds < DEADLINE + MARGIN and after.ok
+        print(f"{'right' if right else 'WRONG'} {name}: {run.ending.name} after {seconds:.2f} s", file=sys.stderr, flush=True)
         rows[name] = {"right": right, "ending": run.ending.name, "seconds": round(seconds, 3), "headline": run.headline}
     return rows
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from moeproof.harness import bench_timer, results
+from moeproof.harness.reports import results
+from moeproof.harness.timing import timer as bench_timer
 from moeproof.optimized import align_small
 from moeproof.optimized.align import align
 from moeproof.optimized.combine import combine

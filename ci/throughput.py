@@ -20,11 +20,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from moeproof.harness import modes, results
-from moeproof.harness.inputs import make_inputs
-from moeproof.harness.judge import judge
+from moeproof.harness import modes
+from moeproof.harness.cases.inputs import make_inputs
+from moeproof.harness.cases.tiers import cases_of
+from moeproof.harness.judging.judge import judge
 from moeproof.harness.registry import find_candidates
-from moeproof.harness.tiers import cases_of
+from moeproof.harness.reports import results
 from moeproof.harness.verdict import Outcome
 from moeproof.reference.contract import Claims
 from moeproof.reference.oracle import chain, route

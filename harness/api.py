@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from moeproof.harness import modes
-from moeproof.harness.case import Case, parse_case
-from moeproof.harness.judge import judge
-from moeproof.harness.pairs import as_candidate
-from moeproof.harness.tiers import cases_of
+from moeproof.harness.cases.case import Case, parse_case
+from moeproof.harness.cases.tiers import cases_of
+from moeproof.harness.judging.judge import judge
+from moeproof.harness.judging.pairs import as_candidate
 from moeproof.harness.verdict import Outcome, Verdict
 from moeproof.reference.contract.candidate import Candidate
 from moeproof.reference.contract.errors import ContractError
@@ -64,7 +64,7 @@ def run(candidates: Sequence[Candidate], cases: Iterable[Case], device: str | No
 
 
 def verify(
-    *candidates: object, cases: Iterable[str | Case] | None = None, tier: str = "quick", device: str | None = None
+    *candidates: object, cases: Iterable[str | Case] | None = None, tier: str = "default", device: str | None = None
 ) -> Report:
     """Judge callables, Candidates or seed-style Pairs.
 

@@ -38,7 +38,7 @@ def verify(
     candidates: Names = None,
     model: Annotated[list[str] | None, typer.Option(help="Model presets; by default all.")] = None,
     case: Annotated[list[str] | None, typer.Option(help="Case lines instead of presets.")] = None,
-    tier: Annotated[str, typer.Option(help="quick, full or soak: that tier's cases instead of presets.")] = "",
+    tier: Annotated[str, typer.Option(help="quick, default, full or soak: that tier's cases instead of presets.")] = "",
     random: Annotated[int, typer.Option(help="This many random cases instead of presets.")] = 0,
     tokens: Annotated[int, typer.Option(help="Tokens per case.")] = 4,
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
@@ -53,8 +53,9 @@ def verify(
     json: Json = False,
 ) -> None:
     """Verify the installed candidates (or the named ones) over the presets of real models."""
-    from moeproof.harness import report, workers
+    from moeproof.harness import workers
     from moeproof.harness.ranks import command as on_ranks
+    from moeproof.harness.reports import report
 
     work = workers.plan(model or [], case or [], tier, random, tokens, dtype, full_size, ranks)
     if on_ranks.wanted(ranks, work):
@@ -76,8 +77,9 @@ def replay(
     json: Json = False,
 ) -> None:
     """Run one case again and show every finding."""
-    from moeproof.harness import report, workers
+    from moeproof.harness import workers
     from moeproof.harness.ranks import command as on_ranks
+    from moeproof.harness.reports import report
 
     work = workers.plan([], [case], "", 0, 4, "bf16", False)
     if on_ranks.wanted(0, work):
@@ -95,13 +97,13 @@ def shrink(
     seconds: Annotated[float, typer.Option(help="Time limit.")] = 60.0,
     runs: Annotated[int, typer.Option(help="Limit on runs.")] = 400,
     mode: Mode = "auto",
+    transport: Transport = "auto",
     json: Json = False,
 ) -> None:
-    """Find the simplest case that fails in the same way; crashes and hangs too."""
-    from moeproof.harness import shrink_report, workers
+    """Find the simplest case that fails in the same way; crashes and hangs too, and on several ranks."""
+    from moeproof.harness.shrinking import report as shrink_report
 
-    workers.settle(mode)
-    raise typer.Exit(shrink_report.main(case, candidate, seconds, runs, json))
+    raise typer.Exit(shrink_report.main(case, candidate, seconds, runs, mode, transport, json))
 
 
 @app.command()
@@ -111,8 +113,8 @@ def matrix(
     json: Json = False,
 ) -> None:
     """Run the CI matrix: candidates x presets x dtypes x layouts x modes; every cell ends in a verdict or a reason."""
-    from moeproof.harness import matrix as cells
     from moeproof.harness import workers
+    from moeproof.harness.reports import matrix as cells
 
     mode = workers.settle(mode)
     raise typer.Exit(cells.main(config, mode, json))
@@ -153,9 +155,11 @@ def bench(
         on_ranks.refuse({"--model": model, "--routing": routing, "--peers": peers, "--stages": stages, "--plot": plot})
         sizes, options = dispatch.Sizes(hidden, topk, experts, dtype), dispatch.Options(seconds, deadline)
         raise typer.Exit(on_ranks.main(candidates or [], tokens or [], sizes, ranks, transport, options, json, output))
-    from moeproof.harness import bench as timing
-    from moeproof.harness import bench_points, bench_report, modes, workers
+    from moeproof.harness import modes, workers
     from moeproof.harness.registry import load_candidates
+    from moeproof.harness.timing import bench as timing
+    from moeproof.harness.timing import points as bench_points
+    from moeproof.harness.timing import report as bench_report
 
     workers.settle(mode)
     device = modes.default_device()
@@ -188,8 +192,10 @@ def tune(
     json: Json = False,
 ) -> None:
     """Search a candidate's configurations, each held against the oracle first, and write the table it chooses from."""
-    from moeproof.harness import bench, bench_points, modes, tune_table, workers
-    from moeproof.harness import tune as tuning
+    from moeproof.harness import modes, workers
+    from moeproof.harness.timing import bench, tune_table
+    from moeproof.harness.timing import points as bench_points
+    from moeproof.harness.timing import tune as tuning
 
     workers.settle(mode)
     device = modes.default_device()
@@ -215,7 +221,7 @@ def policies(
     json: Json = False,
 ) -> None:
     """Print how each stage is judged, per dtype and scheme: formula and reason."""
-    from moeproof.harness import policies as table
+    from moeproof.harness.reports import policies as table
 
     raise typer.Exit(table.main(scheme, dtype, accumulate, decode, json))
 
@@ -230,7 +236,7 @@ def ratios(
     json: Json = False,
 ) -> None:
     """Measure observed/allowed errors of healthy candidates for every quantised scheme."""
-    from moeproof.harness import ratios as table
+    from moeproof.harness.reports import ratios as table
 
     raise typer.Exit(table.main(candidates or [], scheme or [], cases, output, mode, json))
 
@@ -238,7 +244,7 @@ def ratios(
 @app.command()
 def doctor(json: Json = False) -> None:
     """Say what this machine can run, and what is missing."""
-    from moeproof.harness import doctor as checks
+    from moeproof.harness.reports import doctor as checks
 
     raise typer.Exit(checks.main(json))
 
@@ -265,8 +271,8 @@ def golden_record(
     json: Json = False,
 ) -> None:
     """Write per-stage tensors of the oracle for each case, atomically."""
-    from moeproof.harness import golden
-    from moeproof.harness.case import parse_case
+    from moeproof.harness.cases.case import parse_case
+    from moeproof.harness.dumps import golden
 
     cases = [parse_case(line) for line in case] if case else golden.canonical_cases()
     raise typer.Exit(golden.main_record(cases, folder, force, json))
@@ -280,7 +286,8 @@ def golden_check(
     json: Json = False,
 ) -> None:
     """Check the oracle (and candidates) against stored tensors. Damaged files are refused."""
-    from moeproof.harness import golden, workers
+    from moeproof.harness import workers
+    from moeproof.harness.dumps import golden
     from moeproof.harness.registry import load_candidates
 
     workers.settle(mode)

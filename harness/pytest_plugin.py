@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from moeproof.harness.case import Case
+    from moeproof.harness.cases.case import Case
     from moeproof.harness.ranks.session import RankSession
     from moeproof.harness.verdict import Verdict
     from moeproof.reference.contract.candidate import Candidate, RankPair
 
-TIER_NAMES = ("quick", "full", "soak")
+TIER_NAMES = ("quick", "default", "full", "soak")
 
 
 class Hooks:
@@ -45,7 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--moe-backend", action="append", default=[], metavar="NAME", help="only candidates of this name or backend"
     )
     group.addoption("--moe-device", choices=("auto", "interpret", "device"), default=None, help="where Triton kernels run")
-    group.addoption("--moe-tier", choices=TIER_NAMES, default="quick", help="which cases: quick, full or soak")
+    group.addoption("--moe-tier", choices=TIER_NAMES, default="default", help="which cases: quick, default, full or soak")
     group.addoption("--moe-ranks", type=int, default=0, metavar="N", help="judge candidates for several ranks, on N of them")
     group.addoption(
         "--moe-transport", default="auto", metavar="NAME", help="between ranks: auto, simulated, gloo, symm or nccl"
@@ -105,7 +105,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def _candidates(config: pytest.Config) -> list[Candidate] | list[RankPair]:
-    from moeproof.harness.pairs import as_candidate
+    from moeproof.harness.judging.pairs import as_candidate
     from moeproof.harness.registry import find_candidates, find_rank_pairs
     from moeproof.reference.contract.candidate import RankPair
     from moeproof.reference.contract.errors import ContractError
@@ -129,8 +129,8 @@ def _candidates(config: pytest.Config) -> list[Candidate] | list[RankPair]:
 
 
 def _cases(config: pytest.Config) -> list[Case]:
-    from moeproof.harness.case import parse_case
-    from moeproof.harness.tiers import cases_of
+    from moeproof.harness.cases.case import parse_case
+    from moeproof.harness.cases.tiers import cases_of
     from moeproof.reference.contract.errors import ContractError
 
     lines, ranks = config.getoption("--moe-case"), config.getoption("--moe-ranks")
@@ -173,7 +173,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 @pytest.fixture
 def moe_judge(request: pytest.FixtureRequest) -> Callable[[object, Case], Verdict]:
     """judge(candidate, case) -> Verdict. Fails the test with findings and replay line; skips what is not supported."""
-    from moeproof.harness.judge import judge
+    from moeproof.harness.judging.judge import judge
     from moeproof.harness.verdict import Outcome
 
     def run(candidate: object, case: Case) -> Verdict:

@@ -9,7 +9,7 @@ import shlex
 from dataclasses import dataclass, field
 from enum import Enum
 
-from moeproof.harness.case import Case
+from moeproof.harness.cases.case import Case
 from moeproof.reference.contract.stages import Stage
 from moeproof.reference.contract.world import rank_seed
 

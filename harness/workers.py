@@ -11,12 +11,12 @@ from dataclasses import replace
 import torch
 
 from moeproof.harness import modes
-from moeproof.harness.case import Case, parse_case
-from moeproof.harness.judge import judge
-from moeproof.harness.presets import PRESETS, preset, scaled
+from moeproof.harness.cases.case import Case, parse_case
+from moeproof.harness.cases.presets import PRESETS, preset, scaled
+from moeproof.harness.cases.sample import sample
+from moeproof.harness.cases.tiers import cases_of
+from moeproof.harness.judging.judge import judge
 from moeproof.harness.registry import find_candidates, load_candidates
-from moeproof.harness.sample import sample
-from moeproof.harness.tiers import cases_of
 from moeproof.harness.verdict import Verdict
 from moeproof.reference.contract.candidate import Candidate
 from moeproof.reference.contract.errors import check, known

@@ -27,15 +27,15 @@ ARROWS = [
     ("optimized/*", ("torch", "triton", "reference.contract", "optimized")),
     ("harness/interpreter*.py", ("torch", "triton", "numpy", "reference", "harness")),
     ("harness/pytest_plugin.py", ("torch", "pytest", "reference", "harness")),
-    ("harness/strategies.py", ("torch", "hypothesis", "reference", "harness")),
+    ("harness/cases/strategies.py", ("torch", "hypothesis", "reference", "harness")),
     ("harness/cli.py", ("torch", "typer", "rich", "reference", "harness", "_version")),
-    ("harness/doctor.py", ("torch", "reference", "harness", "_version")),
-    ("harness/report.py", ("torch", "rich", "reference", "harness")),
-    ("harness/bench_report.py", ("torch", "rich", "reference", "harness")),
-    ("harness/bench_plot.py", ("matplotlib", "reference", "harness")),
-    ("harness/matrix.py", ("torch", "rich", "reference", "harness")),
-    ("harness/golden.py", ("torch", "safetensors", "reference", "harness")),
-    ("harness/golden_file.py", ("torch", "safetensors", "reference", "harness")),
+    ("harness/reports/doctor.py", ("torch", "reference", "harness", "_version")),
+    ("harness/reports/report.py", ("torch", "rich", "reference", "harness")),
+    ("harness/timing/report.py", ("torch", "rich", "reference", "harness")),
+    ("harness/timing/plot.py", ("matplotlib", "reference", "harness")),
+    ("harness/reports/matrix.py", ("torch", "rich", "reference", "harness")),
+    ("harness/dumps/golden.py", ("torch", "safetensors", "reference", "harness")),
+    ("harness/dumps/golden_file.py", ("torch", "safetensors", "reference", "harness")),
     ("harness/*", ("torch", "reference", "harness")),
     ("src/moeproof/*", ("harness", "reference", "_version")),
 ]
@@ -58,7 +58,7 @@ def sources() -> dict[str, ast.Module]:
 
 
 def module_of(path: str) -> str:
-    """`harness/case.py` -> `harness.case`; a package's __init__ is the package itself."""
+    """`harness/cases/case.py` -> `harness.case`; a package's __init__ is the package itself."""
     return path.removeprefix("src/moeproof/").removesuffix(".py").replace("/", ".").removesuffix(".__init__")
 
 
@@ -131,10 +131,10 @@ def test_every_import_follows_an_arrow() -> None:
         ("optimized/layer.py", "from moeproof.reference import oracle"),
         ("optimized/layer.py", "import moeproof.reference.eager.slots as s"),
         ("optimized/layer.py", "from ..harness import case"),
-        ("harness/judge.py", "def f():\n    from moeproof.optimized.candidates import candidates"),
-        ("harness/judge.py", "from moeproof import optimized"),
-        ("harness/judge.py", "import numpy as np"),
-        ("harness/report.py", "import safetensors.torch"),
+        ("harness/judging/judge.py", "def f():\n    from moeproof.optimized.candidates import candidates"),
+        ("harness/judging/judge.py", "from moeproof import optimized"),
+        ("harness/judging/judge.py", "import numpy as np"),
+        ("harness/reports/report.py", "import safetensors.torch"),
         ("reference/contract/problem.py", "from moeproof.reference.oracle.rounding import ulp"),
         ("reference/oracle/chain.py", "from ..eager import layer"),
         ("reference/eager/layer.py", "from moeproof.reference.oracle import route"),

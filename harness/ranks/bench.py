@@ -11,15 +11,15 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
-from moeproof.harness.case import Case
-from moeproof.harness.rank_pairs import support
-from moeproof.harness.rank_tags import BASE, DIGITS
+from moeproof.harness.cases.case import Case
 from moeproof.harness.ranks.bench_calls import RAW
 from moeproof.harness.ranks.bench_clock import Samples, time_pair, time_raw
 from moeproof.harness.ranks.bench_load import Load, busiest, full_size
 from moeproof.harness.ranks.outcome import RankRun
+from moeproof.harness.ranks.pairs import support
 from moeproof.harness.ranks.pool import RankPool
 from moeproof.harness.ranks.session import RankSession
+from moeproof.harness.ranks.tags import BASE, DIGITS
 from moeproof.harness.verdict import Outcome, Verdict
 from moeproof.reference.contract.candidate import RankPair
 from moeproof.reference.contract.errors import check

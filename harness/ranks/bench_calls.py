@@ -1,7 +1,7 @@
 """What the benchmark of ranks calls on each of them: a pair's prepare and finalize, or the raw collectives beside them.
 
 Each has dispatch() and combine(), in turn, and says what is wrong with what the last of each left here. Payloads are tags
-(harness.rank_tags), so every row is held against who it must be, at the size that is timed.
+(harness.ranks.tags), so every row is held against who it must be, at the size that is timed.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from moeproof.harness.compare import compare
-from moeproof.harness.rank_tags import DIGITS, check_delivery, identities, tag
+from moeproof.harness.judging.compare import compare
 from moeproof.harness.ranks.bench_load import Load
 from moeproof.harness.ranks.context import RankContext
+from moeproof.harness.ranks.tags import DIGITS, check_delivery, identities, tag
 from moeproof.reference.contract.candidate import RankPair
 from moeproof.reference.contract.modular import Prepared
 from moeproof.reference.eager.ranks_link import GroupLink, either

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from moeproof.harness.case import parse_case
+from moeproof.harness.cases.case import parse_case
 from moeproof.harness.ranks.bench_calls import RAW, Calls, PairCalls
 from moeproof.harness.ranks.bench_load import Load
 from moeproof.harness.ranks.call import installed

@@ -11,10 +11,10 @@ from functools import cached_property
 
 import torch
 
-from moeproof.harness import routing
-from moeproof.harness.case import Case
-from moeproof.harness.generator import Stream
-from moeproof.harness.rank_tags import tag
+from moeproof.harness.cases import routing
+from moeproof.harness.cases.case import Case
+from moeproof.harness.cases.generator import Stream
+from moeproof.harness.ranks.tags import tag
 from moeproof.reference.contract.inputs import Inputs
 from moeproof.reference.contract.problem import Problem
 

@@ -8,9 +8,9 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from moeproof.harness import results
 from moeproof.harness.ranks import command
 from moeproof.harness.ranks.bench import TOKENS, Options, Phase, Reading, Sizes, measure
+from moeproof.harness.reports import results
 from moeproof.reference.contract.errors import check
 
 ON_A_CPU = (

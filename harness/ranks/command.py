@@ -9,11 +9,12 @@ from dataclasses import replace
 
 import torch
 
-from moeproof.harness import modes, report, workers
-from moeproof.harness.case import Case
+from moeproof.harness import modes, workers
+from moeproof.harness.cases.case import Case
 from moeproof.harness.ranks import torchrun
 from moeproof.harness.ranks.session import RankSession
 from moeproof.harness.registry import find_rank_pairs, load_rank_pairs
+from moeproof.harness.reports import report
 from moeproof.harness.verdict import Verdict
 from moeproof.reference.contract.candidate import TRANSPORTS, RankPair
 from moeproof.reference.contract.errors import ContractError, check, known

@@ -5,32 +5,28 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
 from moeproof.harness import modes
-from moeproof.harness.case import Case
-from moeproof.harness.compare import vacuous
-from moeproof.harness.inputs import make_inputs
-from moeproof.harness.rank_checks import WorldExpectation, judge_world
-from moeproof.harness.rank_pairs import support
+from moeproof.harness.cases.case import Case
 from moeproof.harness.ranks import call
+from moeproof.harness.ranks.call import Answer
 from moeproof.harness.ranks.compare import Mismatch
+from moeproof.harness.ranks.judge import Judgement
 from moeproof.harness.ranks.outcome import Ending, RankRun
+from moeproof.harness.ranks.pairs import support
 from moeproof.harness.ranks.pool import DEADLINE, START_DEADLINE, RankPool
+from moeproof.harness.ranks.runner import Reply
 from moeproof.harness.ranks.torchrun import TorchrunWorld
 from moeproof.harness.ranks.transport import unavailable
+from moeproof.harness.ranks.watchdog import first_refusal
 from moeproof.harness.verdict import Finding, Outcome, Verdict
-from moeproof.harness.worlds import whole_case
-from moeproof.reference.contract.candidate import Claims, RankPair
+from moeproof.reference.contract.candidate import RankPair
 from moeproof.reference.contract.errors import ContractError
 from moeproof.reference.contract.stages import Stage
-from moeproof.reference.eager.ranks_link import on_threads
-from moeproof.reference.oracle.value import Value
+from moeproof.reference.eager.ranks_link import Apart, Missing, on_threads
 
-Tensor = torch.Tensor
-Shown = dict[str, Tensor]
 OUTCOMES = {
     Ending.MISMATCH: Outcome.FAIL,
     Ending.RAISED: Outcome.ERROR,
@@ -62,8 +58,11 @@ class RankSession:
         """(the start of the pool, the candidates that its ranks have loaded)."""
         self._no_start: RankRun | None = None
 
-    def judge(self, candidate: str | RankPair, pair: RankPair, case: Case) -> Verdict:
-        """Run `pair` on every rank. `candidate` is what travels to the ranks: its name, or the pair itself."""
+    def judge(self, candidate: str | RankPair, pair: RankPair, case: Case, lean: bool = False) -> Verdict:
+        """Run `pair` on every rank. `candidate` is what travels to the ranks: its name, or the pair itself.
+
+        Lean: one call and one look at the values, enough to see a wrong value or a hang again, not to PASS anything on.
+        """
         start = time.perf_counter()
         make = functools.partial(
             Verdict, candidate=pair.name, case=case, claims=str(pair.claims), transport=self.transport, source=pair.source
@@ -78,20 +77,26 @@ class RankSession:
             raise ContractError(f"the case has ranks={case.ranks}, this session {self.ranks}; they must be equal")
         if reason := self._unsupported(pair, case):
             return verdict(Outcome.UNSUPPORTED, reason=reason)
-        shown = self._simulate(pair, case) if self.transport == "simulated" else self._run(candidate, case)
-        if isinstance(shown, RankRun):
-            return verdict(**_failed(shown))  # type: ignore[arg-type]
-        return verdict(**_judged(case, shown, pair.claims))  # type: ignore[arg-type]
+        simulated = self.transport == "simulated"
+        answers = self._simulate(pair, case, lean) if simulated else self._run(candidate, case, lean)
+        if isinstance(answers, RankRun):
+            if answers.refused and case.routing == "beyond":
+                return verdict(Outcome.UNSUPPORTED, reason=f"refuses ids >= E, as it may: {answers.headline}")
+            return verdict(**_failed(answers))  # type: ignore[arg-type]
+        return verdict(**_judged(case, answers, pair, lean))  # type: ignore[arg-type]
 
     def take_part(self, candidate: str | RankPair, pair: RankPair, case: Case) -> None:
         """What judge() makes this rank do, without the verdict: for ranks of torchrun that do not report."""
         if not self._unsupported(pair, case):
-            self._run(candidate, case)
+            self._run(candidate, case, lean=False)
 
     def _unsupported(self, pair: RankPair, case: Case) -> str | None:
         reason = None if self._given else unavailable(self.transport, self.ranks)
         if reason := reason or support(pair, case.world, self.transport):
             return reason
+        if case.huge or case.history == "stream":
+            what = "huge=1" if case.huge else "history=stream"
+            return f"{what} is judged on one rank"
         if self.transport == "simulated" and pair.backend == "triton" and modes.interpreting():
             return "Triton's interpreter serves one thread, and simulated ranks are threads; use gloo"
         return None
@@ -112,22 +117,29 @@ class RankSession:
             self._settled = pool.starts, {candidate} | (loaded if start == pool.starts else set())
         return None
 
-    def _run(self, candidate: str | RankPair, case: Case) -> list[Shown] | RankRun:
+    def _run(self, candidate: str | RankPair, case: Case, lean: bool) -> list[Answer] | RankRun:
         if (failed := self.load(candidate)) is not None:
             return failed
         assert self._pool is not None, "load started it"
-        run = self._pool.run(call.call, candidate, str(case), seed=case.seed)
+        run = self._pool.run(call.judged_calls, candidate, str(case), lean, seed=case.seed)
         return list(run.results) if run.ok else run
 
-    def _simulate(self, pair: RankPair, case: Case) -> list[Shown] | RankRun:
+    def _simulate(self, pair: RankPair, case: Case, lean: bool) -> list[Answer] | RankRun:
         device = torch.device("cpu")
-        results = on_threads(self.ranks, lambda link: call.show(pair, str(case), link, device), self.deadline)
+        results = on_threads(self.ranks, lambda link: call.answer(pair, str(case), link, device, lean), self.deadline)
         errors = [(r, e) for r, e in enumerate(results) if isinstance(e, Exception)]
         if not errors:
             return results
         # A rank that raises breaks the barrier in which the others wait.
         rank, error = next(((r, e) for r, e in errors if type(e).__name__ != "BrokenBarrierError"), errors[0])
+        if isinstance(error, Missing):
+            look = "" if error.rank is None else f"; look at rank {error.rank}"
+            return RankRun(Ending.HUNG, (), rank=error.rank, headline=f"{error}{look}")
         refused = isinstance(error, ContractError)
+        said = {r: Reply(error=str(e)) for r, e in errors}
+        rank = error.rank if isinstance(error, Apart) else first_refusal(said, [rank, *said])
+        own = dict(errors).get(rank, error)
+        error = error if type(own).__name__ == "BrokenBarrierError" else own
         headline = f"rank {rank} {'refused its arguments' if refused else 'raised'}: {type(error).__name__}: {error}"
         return RankRun(Ending.RAISED, (), rank=rank, headline=headline, refused=refused)
 
@@ -148,35 +160,18 @@ def _finding(m: Mismatch) -> Finding:
     return Finding(stage, "collectives", str(m), rank=m.rank)
 
 
-@functools.lru_cache(maxsize=2)
-def _expected(case: Case, claims: Claims) -> WorldExpectation:
-    """One oracle serves all candidates of a case."""
-    return WorldExpectation(case.world, make_inputs(replace(whole_case(case), strided=False)), claims)
-
-
-def _judged(case: Case, shown: Sequence[Shown], claims: Claims) -> dict[str, object]:
+def _judged(case: Case, answers: Sequence[Answer], pair: RankPair, lean: bool) -> dict[str, object]:
     """The verdict's fields for what every rank showed."""
-    expect = _expected(case, claims)
-    results = judge_world(expect, shown)
-    findings = tuple(f for r in results.values() for f in r.findings)
-    fields: dict[str, object] = {
-        "checked": sum(r.checked for r in results.values()),
-        "worst": {name: r.ratio for name, r in results.items()},
+    judgement = Judgement(case, pair, [a.calls for a in answers], lean)
+    replayed = [a.replays for a in answers if not isinstance(a.replays, str)]
+    reason = next((a.replays for a in answers if isinstance(a.replays, str)), "")
+    ruling = judgement.ruling(replayed if len(replayed) == len(answers) else reason)
+    found = ruling.findings
+    return {
+        "outcome": ruling.outcome,
+        "findings": found,
+        "reason": ruling.reason,
+        "rank": found[0].rank if found else None,
+        "checked": judgement.tally.checked,
+        "worst": judgement.tally.worst,
     }
-    if findings:
-        return fields | {"outcome": Outcome.FAIL, "findings": findings, "rank": findings[0].rank}
-    if reason := vacuous("out", _all_ranks([view.out for view in expect.ranks])):
-        return fields | {"outcome": Outcome.VACUOUS, "reason": reason}
-    return fields | {"outcome": Outcome.PASS}
-
-
-def _all_ranks(outs: Sequence[Value]) -> Value:
-    """The tokens of all ranks as one tensor: a rank with few of them proves little by itself."""
-    bounds = [v.bound for v in outs if v.bound is not None]
-    lives = [v.live for v in outs if v.live is not None]
-    return Value(
-        torch.cat([v.value for v in outs]),
-        torch.cat(bounds) if len(bounds) == len(outs) else None,
-        torch.cat(lives) if len(lives) == len(outs) else None,
-        outs[0].fmt,
-    )

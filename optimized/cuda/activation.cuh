@@ -31,14 +31,13 @@ __device__ inline float at_most(float x, float limit) { return x > limit ? limit
 __device__ inline float within(float x, float limit) { return x < -limit ? -limit : at_most(x, limit); }
 
 // KIND is a compile-time choice, so that the switch is taken once for a pack and not once for an element.
+constexpr int LIMITED_SILU = -1;
 template <int KIND> __device__ float activate(float g, float u, const Activate& a) {
-    if (KIND == SILU) {
-        if (a.limit > 0.0f) {
-            g = at_most(g, a.limit);  // from above only
-            u = within(u, a.limit);
-        }
-        return g * sigmoid(g) * u;
+    if (KIND == LIMITED_SILU) {
+        g = at_most(g, a.limit);  // from above only
+        u = within(u, a.limit);
     }
+    if (KIND == SILU || KIND == LIMITED_SILU) return g * sigmoid(g) * u;
     if (KIND == GELU) return gelu(g) * u;
     if (KIND == GELU_TANH) return gelu_tanh(g) * u;
     if (KIND == SWIGLUOAI) {
@@ -57,59 +56,58 @@ template <int KIND> __device__ float activate(float g, float u, const Activate& 
     return KIND == RELU_NO_MUL ? positive : positive * positive;
 }
 
+// What N results are made of: N gates and N ups, or, where those stand side by side, 2 N columns in their order.
 template <typename T, int N> struct Columns {
-    Pack<T, N> gate, up;
+    Pack<T, N> first, second;
 };
 
-// Gates and ups of `count` columns from i on, in packs. N = 1 takes any strides.
-template <typename T, int N> __device__ Columns<T, N> load_columns(const Activate& a, long long row, int i, int count) {
+// Of N results from i on. N = 1 takes any strides.
+template <typename T, int N> __device__ Columns<T, N> load_columns(const Activate& a, long long row, int i) {
     const T* x = static_cast<const T*>(a.x) + row * a.stride_xr;
     const long long step = N == 1 ? a.stride_xn : 1;
-    Columns<T, N> c;
-    if (a.kind >= SILU_NO_MUL) {
-        c.gate = c.up = load<T, N>(x + i * step, count);
-    } else if (!a.interleaved) {
-        c.gate = load<T, N>(x + i * step, count);
-        c.up = load<T, N>(x + (static_cast<long long>(a.I) + i) * step, count);
-    } else if (N == 1) {
-        c.gate = load<T, N>(x + 2LL * i * step, 1);
-        c.up = load<T, N>(x + (2LL * i + 1) * step, 1);
-    } else {
-        const Pack<T, N> low = load<T, N>(x + 2LL * i, min(N, 2 * count));
-        const Pack<T, N> high = 2 * count > N ? load<T, N>(x + 2LL * i + N, 2 * count - N) : low;
-#pragma unroll
-        for (int j = 0; j < N / 2; ++j) {
-            c.gate.at[j] = low.at[2 * j];
-            c.up.at[j] = low.at[2 * j + 1];
-            c.gate.at[N / 2 + j] = high.at[2 * j];
-            c.up.at[N / 2 + j] = high.at[2 * j + 1];
-        }
-    }
+    const bool pairs = a.kind < SILU_NO_MUL && a.interleaved;
+    Columns<T, N> c = {};
+    c.first = load<T, N>(x + (pairs ? 2LL * i : i) * step);
+    if (pairs) c.second = load<T, N>(x + (2LL * i + N) * step);
+    else if (a.kind < SILU_NO_MUL) c.second = load<T, N>(x + (static_cast<long long>(a.I) + i) * step);
     return c;
 }
 
-// The same, one by one: for rows that do not start on 16 bytes.
+// `count` of them, one by one: for rows that are not whole packs.
 template <typename T, int N> __device__ Columns<T, N> load_loose_columns(const Activate& a, long long row, int i, int count) {
-    Columns<T, N> c;
+    const T* x = static_cast<const T*>(a.x) + row * a.stride_xr;
+    const bool gated = a.kind < SILU_NO_MUL, pairs = gated && a.interleaved;
+    Columns<T, N> c = {};
 #pragma unroll
-    for (int j = 0; j < N; ++j) {
-        const Columns<T, 1> one = load_columns<T, 1>(a, row, j < count ? i + j : i, 1);
-        c.gate.at[j] = one.gate.at[0];
-        c.up.at[j] = one.up.at[0];
+    for (int j = 0; j < 2 * N; ++j) {
+        // Column j of a pair of packs: of gates and then ups, or of both side by side.
+        const int column = pairs ? 2 * i + j : j < N ? i + j : a.I + i + j - N;
+        const bool there = pairs ? j < 2 * count : j % N < count && (gated || j < N);
+        const unsigned bits = there ? bits_of(x[column * a.stride_xn]) : 0u;
+        constexpr int PER_WORD = Pack<T, N>::PER_WORD;
+        (j < N ? c.first : c.second).words[j % N / PER_WORD] |= bits << (j % N % PER_WORD * 8 * sizeof(T));
     }
     return c;
 }
 
 template <int KIND, typename T, int N> __device__ Pack<T, N> apply(const Columns<T, N>& c, const Activate& a) {
-    Pack<T, N> h;
+    float h[N];
+    if (KIND < SILU_NO_MUL && N > 1 && a.interleaved) {
 #pragma unroll
-    for (int j = 0; j < N; ++j) h.at[j] = narrow<T>(activate<KIND>(widen(c.gate.at[j]), widen(c.up.at[j]), a));
-    return h;
+        for (int j = 0; j < N; ++j) {
+            const Pack<T, N>& side = 2 * j < N ? c.first : c.second;
+            h[j] = activate<KIND>(side.get(2 * j % N), side.get((2 * j + 1) % N), a);
+        }
+    } else {
+#pragma unroll
+        for (int j = 0; j < N; ++j) h[j] = activate<KIND>(c.first.get(j), c.second.get(j), a);
+    }
+    return pack<T, N>(h);
 }
 
 template <typename T, int N> __device__ Pack<T, N> activate(const Columns<T, N>& c, const Activate& a) {
     switch (a.kind) {
-        case SILU: return apply<SILU>(c, a);
+        case SILU: return a.limit > 0.0f ? apply<LIMITED_SILU>(c, a) : apply<SILU>(c, a);
         case GELU: return apply<GELU>(c, a);
         case GELU_TANH: return apply<GELU_TANH>(c, a);
         case SWIGLUOAI: return apply<SWIGLUOAI>(c, a);

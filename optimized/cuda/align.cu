@@ -2,18 +2,21 @@
 //
 // Ranks inside a warp come from matching lanes, between warps from a table in shared memory, between blocks from histograms
 // in device memory. Slots are taken in ascending order throughout, so an expert's slots stay in order and no result depends
-// on timing. Few slots: one block does it all, in one launch. More: one launch counts, a second places.
+// on timing. Few slots: one launch, in which every block looks at all slots and places those of its own experts. More: one
+// launch counts, a second places.
 
 #include "scan.cuh"
 #include "slots.cuh"
 
 namespace moeproof {
 
-constexpr int STEPS = 8;  // slots of a thread
-constexpr int SMALL_WARPS = 32;
 constexpr int WARPS = 16;
-constexpr int SMALL = SMALL_WARPS * WARP * STEPS;  // slots that one block sorts alone
-constexpr size_t SMALL_BYTES = 96 * 1024;          // of shared memory, at most; below sm_89's limit of 99 KiB
+constexpr int STEPS = 8;                               // slots of a thread, of those that a block places
+constexpr int SMALL_STEPS = 16;                        // slots of a thread, of all
+constexpr int SMALL = WARPS * WARP * SMALL_STEPS;      // slots that are sorted in one launch
+constexpr int FEW_WARPS = 4;                           // of a block where they are enough for all slots
+constexpr int FEW = FEW_WARPS * WARP * SMALL_STEPS;
+constexpr int BLOCKS = 128;                            // about as many as multiprocessors
 
 struct Align {
     Slots slots;
@@ -42,17 +45,17 @@ __device__ inline int slot_of(int first, int steps, int step) {
     return first + (warp * steps + step) * WARP + lane;
 }
 
+// Where the slots of this warp's run, which begin in a block's `first`, end.
+__device__ inline int last_of(const Align& a, int first, int steps) {
+    return min(slot_of(first, steps, steps) - static_cast<int>(threadIdx.x) % WARP, a.num_slots);
+}
+
 // Ranks of this block's slots; before[warp][expert] becomes the count of slots in earlier warps, total[expert] of all.
-template <int NUM_WARPS>
-__device__ Ranks rank_slots(const Align& a, int first, int steps, uint16_t* before, int* total) {
+__device__ inline Ranks rank_slots(const Align& a, int first, int steps, uint16_t* before, int* total) {
     const int e = a.slots.num_local;
-    for (int i = threadIdx.x; i < NUM_WARPS * e; i += NUM_WARPS * WARP) before[i] = 0;
+    for (int i = threadIdx.x; i < WARPS * e; i += WARPS * WARP) before[i] = 0;
     Ranks r;
-#pragma unroll
-    for (int j = 0; j < STEPS; ++j) {
-        const int slot = slot_of(first, steps, j);
-        r.local[j] = j < steps && slot < a.num_slots ? a.slots.local(slot) : -1;
-    }
+    a.slots.locals(slot_of(first, steps, 0), WARP, last_of(a, first, steps), r.local);
     __syncthreads();
     uint16_t* mine = before + threadIdx.x / WARP * e;
     const unsigned earlier = (1u << threadIdx.x % WARP) - 1;
@@ -69,10 +72,10 @@ __device__ Ranks rank_slots(const Align& a, int first, int steps, uint16_t* befo
         __syncwarp();
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < e; i += NUM_WARPS * WARP) {
+    for (int i = threadIdx.x; i < e; i += WARPS * WARP) {
         int sum = 0;
 #pragma unroll
-        for (int w = 0; w < NUM_WARPS; ++w) {
+        for (int w = 0; w < WARPS; ++w) {
             const int count = before[w * e + i];
             before[w * e + i] = static_cast<uint16_t>(sum);
             sum += count;
@@ -81,6 +84,92 @@ __device__ Ranks rank_slots(const Align& a, int first, int steps, uint16_t* befo
     }
     __syncthreads();
     return r;
+}
+
+__device__ inline int batched_row(const Align& a, int local, int position) {
+    return local >= 0 && position < a.capacity ? local * a.capacity + position : -1;
+}
+
+// Few slots: each block counts all of them, so that it knows where its own experts' groups begin, and places only those.
+template <int NUM_WARPS> __global__ void __launch_bounds__(NUM_WARPS* WARP) align_small_kernel(const Align a, int own) {
+    extern __shared__ int memory[];
+    constexpr int THREADS = NUM_WARPS * WARP;
+    const int e = a.slots.num_local, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, thread = threadIdx.x;
+    int* count = memory;
+    int* end = count + e;      // of each group
+    int* before = end + e;     // slots of own experts in each warp
+    for (int i = thread; i < e; i += THREADS) count[i] = 0;
+    const int steps = static_cast<int>(ceil_div(a.num_slots, THREADS));
+    int local[SMALL_STEPS];
+    a.slots.locals(slot_of(0, steps, 0), WARP, last_of(a, 0, steps), local);
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < SMALL_STEPS; ++j)
+        if (local[j] >= 0) atomicAdd(count + local[j], 1);
+    for (int x = 0; x < own; ++x) {
+        const int expert = blockIdx.x * own + x;
+        int sum = 0;
+#pragma unroll
+        for (int j = 0; j < SMALL_STEPS; ++j) sum += __popc(__ballot_sync(ALL, local[j] == expert));
+        if (lane == 0) before[x * NUM_WARPS + warp] = sum;
+    }
+    __syncthreads();
+    for (int i = thread; i < e; i += THREADS) end[i] = a.padded(count[i]);
+    __syncthreads();
+    if (a.block_m) block_scan<NUM_WARPS>(end, e);
+
+    for (int x = 0; x < own; ++x) {
+        const int expert = blockIdx.x * own + x;
+        if (expert >= e) break;
+        const int live = count[expert], first = end[expert] - a.padded(live);
+        int position = 0;
+        for (int w = 0; w < warp; ++w) position += before[x * NUM_WARPS + w];
+#pragma unroll
+        for (int j = 0; j < SMALL_STEPS; ++j) {
+            const unsigned peers = __ballot_sync(ALL, local[j] == expert);
+            if (local[j] == expert) {
+                const int slot = slot_of(0, steps, j), at = position + __popc(peers & ((1u << lane) - 1));
+                if (a.block_m) a.target[first + at] = slot;
+                else a.target[slot] = batched_row(a, expert, at);
+            }
+            position += __popc(peers);
+        }
+        if (thread == 0) a.counts[expert] = live;
+        if (!a.block_m) continue;
+        for (int p = first + live + thread; p < end[expert]; p += THREADS) a.target[p] = a.num_slots;
+        for (int p = first + thread * a.block_m; p < end[expert]; p += THREADS * a.block_m) a.block_expert[p / a.block_m] = expert;
+    }
+    // What belongs to no expert: dead slots, or the unused tail.
+    if (!a.block_m) {
+#pragma unroll
+        for (int j = 0; j < SMALL_STEPS; ++j) {
+            const int slot = slot_of(0, steps, j);
+            if (blockIdx.x == 0 && slot < last_of(a, 0, steps) && local[j] < 0) a.target[slot] = -1;
+        }
+        return;
+    }
+    const int used = end[e - 1], all = gridDim.x * THREADS, one = blockIdx.x * THREADS + thread;
+    for (int p = used + one; p < a.P; p += all) a.target[p] = a.num_slots;
+    for (int b = used / a.block_m + one; b < a.B; b += all) a.block_expert[b] = -1;
+    if (one == 0) *a.num_padded = used;
+}
+
+// First of two launches: histogram[block][expert], and padding laid down everywhere.
+__global__ void __launch_bounds__(WARPS* WARP) align_count_kernel(const Align a) {
+    extern __shared__ int bins[];
+    const int e = a.slots.num_local, threads = WARPS * WARP;
+    for (int i = threadIdx.x; i < e; i += threads) bins[i] = 0;
+    __syncthreads();
+    const int first = blockIdx.x * a.chunk;
+    int local[STEPS];
+    a.slots.locals(first + static_cast<int>(threadIdx.x), threads, min(first + a.chunk, a.num_slots), local);
+#pragma unroll
+    for (int j = 0; j < STEPS; ++j)
+        if (local[j] >= 0) atomicAdd(bins + local[j], 1);
+    __syncthreads();
+    for (int i = threadIdx.x; i < e; i += threads) a.histogram[static_cast<long long>(blockIdx.x) * e + i] = bins[i];
+    if (a.block_m)
+        for (int p = blockIdx.x * threads + threadIdx.x; p < a.P; p += gridDim.x * threads) a.target[p] = a.num_slots;
 }
 
 // Local expert of each block from the ends of the experts' groups; -1 behind the last.
@@ -95,60 +184,6 @@ __device__ inline void map_blocks(const Align& a, const int* end, int first, int
         }
         a.block_expert[b] = low < e ? low : -1;
     }
-}
-
-__device__ inline int batched_row(const Align& a, int local, int position) {
-    return local >= 0 && position < a.capacity ? local * a.capacity + position : -1;
-}
-
-// All in one block. Rows are sorted in shared memory and written out in order.
-__global__ void __launch_bounds__(SMALL_WARPS* WARP) align_small_kernel(const Align a) {
-    extern __shared__ int memory[];
-    const int e = a.slots.num_local, threads = SMALL_WARPS * WARP;
-    int* end = memory;
-    int* count = end + e;
-    uint16_t* before = reinterpret_cast<uint16_t*>(count + e);
-    uint16_t* sorted = before + SMALL_WARPS * e;
-    const int steps = static_cast<int>(ceil_div(a.num_slots, threads));
-    if (a.block_m)
-        for (int p = threadIdx.x; p < a.P; p += threads) sorted[p] = static_cast<uint16_t>(a.num_slots);
-    const Ranks r = rank_slots<SMALL_WARPS>(a, 0, steps, before, count);
-    for (int i = threadIdx.x; i < e; i += threads) {
-        a.counts[i] = count[i];
-        end[i] = a.padded(count[i]);
-    }
-    __syncthreads();
-    if (a.block_m) block_scan<SMALL_WARPS>(end, e);
-#pragma unroll
-    for (int j = 0; j < STEPS; ++j) {
-        const int slot = slot_of(0, steps, j), local = r.local[j];
-        if (j >= steps || slot >= a.num_slots) continue;
-        const int position = local >= 0 ? before[threadIdx.x / WARP * e + local] + r.rank[j] : 0;
-        if (!a.block_m) a.target[slot] = batched_row(a, local, position);
-        else if (local >= 0) sorted[end[local] - a.padded(count[local]) + position] = static_cast<uint16_t>(slot);
-    }
-    if (!a.block_m) return;
-    __syncthreads();
-    for (int p = threadIdx.x; p < a.P; p += threads) a.target[p] = sorted[p];
-    map_blocks(a, end, threadIdx.x, threads);
-    if (threadIdx.x == 0) *a.num_padded = end[e - 1];
-}
-
-// First of two launches: histogram[block][expert], and padding laid down everywhere.
-__global__ void __launch_bounds__(WARPS* WARP) align_count_kernel(const Align a) {
-    extern __shared__ int bins[];
-    const int e = a.slots.num_local, threads = WARPS * WARP;
-    for (int i = threadIdx.x; i < e; i += threads) bins[i] = 0;
-    __syncthreads();
-    const int first = blockIdx.x * a.chunk, last = min(first + a.chunk, a.num_slots);
-    for (int slot = first + static_cast<int>(threadIdx.x); slot < last; slot += threads) {
-        const int local = a.slots.local(slot);
-        if (local >= 0) atomicAdd(bins + local, 1);
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < e; i += threads) a.histogram[static_cast<long long>(blockIdx.x) * e + i] = bins[i];
-    if (a.block_m)
-        for (int p = blockIdx.x * threads + threadIdx.x; p < a.P; p += gridDim.x * threads) a.target[p] = a.num_slots;
 }
 
 // Second launch: every block sums all histograms, then places its own slots.
@@ -186,11 +221,11 @@ __global__ void __launch_bounds__(WARPS* WARP) align_place_kernel(const Align a)
         if (blockIdx.x == 0 && threadIdx.x == 0) *a.num_padded = total[e - 1];
     }
     const int steps = a.chunk / threads;
-    const Ranks r = rank_slots<WARPS>(a, blockIdx.x * a.chunk, steps, before, own);
+    const Ranks r = rank_slots(a, blockIdx.x * a.chunk, steps, before, own);
 #pragma unroll
     for (int j = 0; j < STEPS; ++j) {
         const int slot = slot_of(blockIdx.x * a.chunk, steps, j), local = r.local[j];
-        if (j >= steps || slot >= a.num_slots) continue;
+        if (slot >= last_of(a, blockIdx.x * a.chunk, steps)) continue;
         const int position = local >= 0 ? earlier[local] + before[warp * e + local] + r.rank[j] : 0;
         if (!a.block_m) a.target[slot] = batched_row(a, local, position);
         else if (local >= 0) a.target[total[local] + position] = slot;
@@ -199,13 +234,12 @@ __global__ void __launch_bounds__(WARPS* WARP) align_place_kernel(const Align a)
 
 }  // namespace moeproof
 
-// Slots of a block in the two-launch form; 0 where one block does it all. The caller allocates (ceil(S / chunk), e) bins.
-extern "C" int moeproof_align_chunk(int num_slots, int num_local, int P) {
+// Slots of a block in the two-launch form; 0 where one launch does it all. The caller allocates (ceil(S / chunk), e) bins.
+extern "C" int moeproof_align_chunk(int num_slots) {
     using namespace moeproof;
-    const size_t bytes = (2 * sizeof(int) + SMALL_WARPS * sizeof(uint16_t)) * num_local + sizeof(uint16_t) * P;
-    if (num_slots <= SMALL && bytes <= SMALL_BYTES) return 0;
+    if (num_slots <= SMALL) return 0;
     const int block = WARPS * WARP;
-    const long long steps = ceil_div(num_slots, 128LL * block);  // about a block for each multiprocessor
+    const long long steps = ceil_div(num_slots, static_cast<long long>(BLOCKS) * block);
     return static_cast<int>(steps < STEPS ? steps : STEPS) * block;
 }
 
@@ -214,13 +248,11 @@ extern "C" int moeproof_align(int num_slots, int block_m, int capacity, int P, i
     using namespace moeproof;
     const Align a{SLOT_VALUES, num_slots, block_m, capacity, P, B, target, block_expert, num_padded, counts, histogram, chunk};
     if (chunk == 0) {
-        const size_t bytes = (2 * sizeof(int) + SMALL_WARPS * sizeof(uint16_t)) * num_local + sizeof(uint16_t) * P;
-        if (bytes > 48 * 1024) {
-            const auto most = cudaFuncAttributeMaxDynamicSharedMemorySize;
-            const cudaError_t error = cudaFuncSetAttribute(align_small_kernel, most, static_cast<int>(SMALL_BYTES));
-            if (error != cudaSuccess) return error;
-        }
-        align_small_kernel<<<1, SMALL_WARPS * WARP, bytes, stream>>>(a);
+        const int own = max(1, static_cast<int>(ceil_div(num_local, BLOCKS))), warps = num_slots <= FEW ? FEW_WARPS : WARPS;
+        const unsigned blocks = static_cast<unsigned>(max(1LL, ceil_div(num_local, own)));
+        const size_t bytes = (2 * num_local + own * warps) * sizeof(int);
+        if (warps == FEW_WARPS) align_small_kernel<FEW_WARPS><<<blocks, FEW_WARPS * WARP, bytes, stream>>>(a, own);
+        else align_small_kernel<WARPS><<<blocks, WARPS * WARP, bytes, stream>>>(a, own);
         return cudaGetLastError();
     }
     const unsigned blocks = static_cast<unsigned>(ceil_div(num_slots, chunk));

@@ -25,7 +25,7 @@ def _sort(
 ) -> None:  # fmt: skip
     S, e, device = slots.count, slots.num_local, slots.ids.device
     P = target.numel() if block_m else 0
-    chunk = library.query("align", "moeproof_align_chunk", device, num_slots=S, num_local=e, P=P)
+    chunk = library.query("align", "moeproof_align_chunk", device, num_slots=S)
     bins = torch.empty(-(-S // chunk), e, dtype=torch.int32, device=device) if chunk else None
     library.call(
         "align", "moeproof_align", device,

@@ -2,7 +2,7 @@
 //
 // A block holds `blockDim.y` tokens side by side; a thread owns one pack of columns and walks over the token's slots in
 // order, so that the sum is the same whatever else is in the batch. Bound by the bytes of y: each is read once, in 16-byte
-// packs, four slots ahead.
+// packs, eight slots ahead.
 
 #include "elementary.cuh"
 #include "slots.cuh"
@@ -10,7 +10,7 @@
 namespace moeproof {
 
 constexpr int THREADS = 256;
-constexpr int AHEAD = 4;
+constexpr int AHEAD = 8;
 constexpr int MAX_SLOTS = 4096;  // of a block's tokens together: 32 KiB of rows and weights
 constexpr int DEAD = -1, IDENTITY = -2;
 
@@ -27,7 +27,7 @@ struct Combine {
     int H, weighted, num_zero;
     float scale;
 
-    // Row of y, DEAD or IDENTITY. Weight and row of a dead slot may hold anything, and are never looked at.
+    // Row of y, DEAD or IDENTITY. Weight and row of a dead slot may hold anything.
     __device__ int row_of(long long slot) const {
         const long long id = slots.id(slot);
         if (num_zero && id >= slots.num_experts && id < slots.num_experts + num_zero) return IDENTITY;
@@ -44,16 +44,16 @@ template <typename T, int N> __global__ void __launch_bounds__(THREADS) combine_
     const long long t = static_cast<long long>(blockIdx.x) * blockDim.y + threadIdx.y;
     if (t < a.T) {
         for (int k = threadIdx.x; k < K; k += blockDim.x) {
+            // Loaded beside the id and not behind it; what stands there for a dead slot is thrown away.
+            const float w = a.weights[t * a.stride_wt + k * a.stride_wk];
             const int row = a.row_of(t * K + k);
             rows[k] = row;
-            const bool used = row == IDENTITY || (row >= 0 && a.weighted);
-            weights[k] = used ? a.weights[t * a.stride_wt + k * a.stride_wk] : 1.0f;
+            weights[k] = row == IDENTITY || (row >= 0 && a.weighted) ? w : 1.0f;
         }
     }
     __syncthreads();
     const int h = (blockIdx.y * blockDim.x + threadIdx.x) * N;
     if (t >= a.T || h >= a.H) return;
-    const int count = min(N, a.H - h);
     // Packs are only used where neighbours are 1 apart.
     const T* y = static_cast<const T*>(a.y) + (N == 1 ? h * a.stride_yh : h);
     float acc[N] = {};
@@ -63,14 +63,14 @@ template <typename T, int N> __global__ void __launch_bounds__(THREADS) combine_
 #pragma unroll
         for (int j = 0; j < AHEAD; ++j)
             if (first + j < K && rows[first + j] >= 0)
-                ahead[j] = load<T, N>(y + rows[first + j] * a.stride_ys, count);
+                ahead[j] = load<T, N>(y + rows[first + j] * a.stride_ys);
 #pragma unroll
         for (int j = 0; j < AHEAD; ++j) {
             if (first + j >= K) break;
             const float w = weights[first + j];
             if (rows[first + j] >= 0) {
 #pragma unroll
-                for (int i = 0; i < N; ++i) acc[i] += w * widen(ahead[j].at[i]);
+                for (int i = 0; i < N; ++i) acc[i] += w * ahead[j].get(i);
             } else if (rows[first + j] == IDENTITY) {
                 identity += w;
             }
@@ -79,19 +79,17 @@ template <typename T, int N> __global__ void __launch_bounds__(THREADS) combine_
     // A token without identity slots must not turn an infinite input into NaN.
     if (identity != 0.0f) {
         const T* x = static_cast<const T*>(a.x) + t * a.stride_xt + (N == 1 ? h * a.stride_xh : h);
-        const Pack<T, N> own = load<T, N>(x, count);
+        const Pack<T, N> own = load<T, N>(x);
 #pragma unroll
-        for (int i = 0; i < N; ++i) acc[i] += identity * widen(own.at[i]);
+        for (int i = 0; i < N; ++i) acc[i] += identity * own.get(i);
     }
     const float factor = a.gate != nullptr ? sigmoid(a.gate[t]) : 1.0f;
-    Pack<T, N> result;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
         acc[i] *= a.scale;
-        if (a.shared != nullptr && i < count) acc[i] += factor * a.shared[t * a.H + h + i];
-        result.at[i] = narrow<T>(acc[i]);
+        if (a.shared != nullptr) acc[i] += factor * a.shared[t * a.H + h + i];
     }
-    store<T, N>(static_cast<T*>(a.out) + t * a.stride_ot + (N == 1 ? h * a.stride_oh : h), count, result);
+    store<T, N>(static_cast<T*>(a.out) + t * a.stride_ot + (N == 1 ? h * a.stride_oh : h), pack<T, N>(acc));
 }
 
 template <typename T, int N> cudaError_t launch(const Combine& a, cudaStream_t stream) {
@@ -115,8 +113,8 @@ extern "C" int moeproof_combine(
                     stride_yh,   stride_xt, stride_xh, stride_ot, stride_oh, T, H, weighted, num_zero, scale};
     return with_dtype(dtype, [&](auto zero) {
         using E = decltype(zero);
-        const bool wide = packs<E>(y, stride_ys, stride_yh) && packs<E>(out, stride_ot, stride_oh) &&
-                          (num_zero == 0 || packs<E>(x, stride_xt, stride_xh));
+        const bool wide = packs<E>(y, H, stride_ys, stride_yh) && packs<E>(out, H, stride_ot, stride_oh) &&
+                          (num_zero == 0 || packs<E>(x, H, stride_xt, stride_xh));
         return wide ? launch<E, PER_PACK<E>>(a, stream) : launch<E, 1>(a, stream);
     });
 }

@@ -32,9 +32,9 @@ __device__ inline unsigned encode(int format, float x) {
     }
 }
 
-// N codes in the low bytes of each other, or in nibbles where two share a byte (the even column low).
+// N codes as they lie in memory: bytes, or nibbles of which the even column is the low one.
 template <int N> struct Codes {
-    uint8_t at[N];
+    unsigned words[(N + 3) / 4];
 };
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
@@ -50,21 +50,14 @@ __device__ inline unsigned two_e4m3(float low, float high) { return encode(E4M3,
 #endif
 
 template <int FORMAT, int N> __device__ Codes<N> encode_all(const float (&x)[N]) {
+    constexpr int WIDTH = FORMAT == E2M1 ? 4 : 8, PER_WORD = 32 / WIDTH;
     Codes<N> codes = {};
     if constexpr (FORMAT == E4M3 && HARDWARE_E4M3) {
 #pragma unroll
-        for (int j = 0; j < N; j += 2) {
-            const unsigned pair = two_e4m3(x[j], x[j + 1]);
-            codes.at[j] = static_cast<uint8_t>(pair);
-            codes.at[j + 1] = static_cast<uint8_t>(pair >> 8);
-        }
+        for (int j = 0; j < N; j += 2) codes.words[j / PER_WORD] |= two_e4m3(x[j], x[j + 1]) << (j % PER_WORD * WIDTH);
     } else {
 #pragma unroll
-        for (int j = 0; j < N; ++j) {
-            const unsigned code = encode(FORMAT, x[j]);
-            if constexpr (FORMAT == E2M1) codes.at[j / 2] |= static_cast<uint8_t>(code << 4 * (j % 2));
-            else codes.at[j] = static_cast<uint8_t>(code);
-        }
+        for (int j = 0; j < N; ++j) codes.words[j / PER_WORD] |= encode(FORMAT, x[j]) << (j % PER_WORD * WIDTH);
     }
     return codes;
 }

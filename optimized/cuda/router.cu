@@ -2,6 +2,8 @@
 //
 // A lane holds every 32nd expert. A score is compared as an unsigned key of the same order, so that the best of a warp is one
 // `redux` and a tie goes to the lowest id by a second. Scores also lie in shared memory, where a weight is looked up by id.
+// PLAIN routers, which most models have, get a kernel without the code of groups, tables, soft caps and rarer scores: few
+// tokens cost as much as it takes to fetch instructions.
 
 #include "elementary.cuh"
 #include "stage.cuh"
@@ -47,23 +49,37 @@ __device__ inline float warp_sum(float x) {
     return x;
 }
 
-__device__ inline float warp_max(float x) {
-#pragma unroll
-    for (int d = WARP / 2; d; d /= 2) x = fmaxf(x, __shfl_xor_sync(ALL, x, d));
-    return x;
-}
+__device__ inline float warp_max(float x) { return of_key(__reduce_max_sync(ALL, key(x))); }
 
 // What to subtract before exp: 0 where nothing is finite.
 __device__ inline float or_zero(float best) { return best == -INFINITY ? 0.0f : best; }
 
-__device__ inline float load_logit(const Route& a, long long t, int e) {
-    const long long at = t * a.stride_t + e * a.stride_e;
-    float x;
-    if (a.dtype == F32) x = static_cast<const float*>(a.logits)[at];
-    else if (a.dtype == F16) x = widen(static_cast<const __half*>(a.logits)[at]);
-    else x = widen(static_cast<const __nv_bfloat16*>(a.logits)[at]);
+// Logits of this lane, as they lie in memory: all are under way before the first is looked at. -inf beyond the last expert.
+template <int PER> __device__ void load_logits(const Route& a, long long t, unsigned (&raw)[PER]) {
+    const int lane = threadIdx.x % WARP;
+    const long long row = t * a.stride_t;
+    if (a.dtype == F32) {
+#pragma unroll
+        for (int i = 0; i < PER; ++i) {
+            const int e = i * WARP + lane;
+            raw[i] = e < a.width ? static_cast<const unsigned*>(a.logits)[row + e * a.stride_e] : 0xff800000u;
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < PER; ++i) {
+            const int e = i * WARP + lane;
+            const unsigned none = a.dtype == F16 ? 0xfc00u : 0xff80u;
+            raw[i] = e < a.width ? static_cast<const uint16_t*>(a.logits)[row + e * a.stride_e] : none;
+        }
+    }
+}
+
+template <bool PLAIN> __device__ float logit_of(const Route& a, unsigned raw) {
+    float x = __uint_as_float(raw);
+    if (a.dtype == F16) x = widen(of_bits<__half>(raw));
+    else if (a.dtype == BF16) x = widen(of_bits<__nv_bfloat16>(raw));
     x = (x != x ? -INFINITY : fminf(x, LARGEST)) * a.multiplier;
-    if (a.softcap > 0.0f) x = a.softcap * tanhf(x / a.softcap);
+    if (!PLAIN && a.softcap > 0.0f) x = a.softcap * tanhf(x / a.softcap);
     return fminf(x, LARGEST);
 }
 
@@ -131,8 +147,8 @@ template <int PER> __device__ float sparsemixer_weight(const Route& a, const flo
 }
 
 // What the weights, one for each lane below K and 0 in the others, are divided by.
-__device__ inline float norm(const Route& a, float w) {
-    if (a.renorm == LP) {
+template <bool PLAIN> __device__ float norm(const Route& a, float w) {
+    if (!PLAIN && a.renorm == LP) {
         // Relative to the largest, so that no power overflows.
         const float largest = warp_max(fabsf(w)), ratio = fabsf(w) / fmaxf(largest, TINY);
         const float total = fmaxf(warp_sum(ratio > 0.0f ? powf(ratio, a.renorm_value) : 0.0f), TINY);
@@ -143,19 +159,22 @@ __device__ inline float norm(const Route& a, float w) {
     return fmaxf(total, a.renorm == FLOOR ? a.renorm_value : 1e-20f);
 }
 
-template <int PER> __global__ void __launch_bounds__(WARPS* WARP) route_kernel(const Route a) {
+template <int PER, bool PLAIN> __global__ void __launch_bounds__(WARPS* WARP) route_kernel(const Route a) {
     extern __shared__ float memory[];
     const int lane = threadIdx.x % WARP;
     const long long t = static_cast<long long>(blockIdx.x) * WARPS + threadIdx.x / WARP;
     if (t >= a.T) return;  // whole warps leave, and no barrier is wider than a warp
     float* scores = memory + threadIdx.x / WARP * a.width;
 
-    float x[PER];
+    unsigned raw[PER];
+    load_logits<PER>(a, t, raw);
+    float x[PER], bias[PER];
+#pragma unroll
+    for (int i = 0; i < PER; ++i) bias[i] = a.bias != nullptr && i * WARP + lane < a.width ? a.bias[i * WARP + lane] : 0.0f;
     float best = -INFINITY;
 #pragma unroll
     for (int i = 0; i < PER; ++i) {
-        const int e = i * WARP + lane;
-        x[i] = e < a.width ? load_logit(a, t, e) : -INFINITY;
+        x[i] = i * WARP + lane < a.width ? logit_of<PLAIN>(a, raw[i]) : -INFINITY;
         best = fmaxf(best, x[i]);
     }
     float scale = 1.0f;
@@ -173,18 +192,18 @@ template <int PER> __global__ void __launch_bounds__(WARPS* WARP) route_kernel(c
         float score = x[i];
         if (a.score == SOFTMAX) score = expf(x[i] - best) / scale;
         else if (a.score == SIGMOID) score = sigmoid(x[i]);
-        else if (a.score == SQRTSOFTPLUS) score = sqrtf(softplus(x[i]));
+        else if (!PLAIN && a.score == SQRTSOFTPLUS) score = sqrtf(softplus(x[i]));
         if (e < a.width) {
             scores[e] = score;
-            keys[i] = x[i] == -INFINITY ? key(-INFINITY) : key(a.bias != nullptr ? score + a.bias[e] : score);
+            keys[i] = x[i] == -INFINITY ? key(-INFINITY) : key(score + bias[i]);
         } else {
             keys[i] = TAKEN;
         }
     }
     __syncwarp();
 
-    const int size = a.groups ? a.width / a.groups : a.width;
-    if (a.keep && a.keep < a.groups) {
+    const int size = !PLAIN && a.groups ? a.width / a.groups : a.width;
+    if (!PLAIN && a.keep && a.keep < a.groups) {
         const unsigned kept = kept_groups<PER>(a, keys);
 #pragma unroll
         for (int i = 0; i < PER; ++i) {
@@ -199,13 +218,13 @@ template <int PER> __global__ void __launch_bounds__(WARPS* WARP) route_kernel(c
     for (int k = 0; k < a.K; ++k) {
         unsigned top;
         int pick = best_of<PER>(keys, top);
-        if (a.table != nullptr) pick = a.table[t * a.stride_table_t + k * a.stride_table_k];
+        if (!PLAIN && a.table != nullptr) pick = a.table[t * a.stride_table_t + k * a.stride_table_k];
         const bool known = pick >= 0 && pick < a.width;
         float weight = known ? scores[pick] : 0.0f;
-        if (a.score == SPARSEMIXER) weight = sparsemixer_weight<PER>(a, scores, keys, top);
+        if (!PLAIN && a.score == SPARSEMIXER) weight = sparsemixer_weight<PER>(a, scores, keys, top);
         if (lane == k) id = pick, w = weight;
         bool closed = false;
-        if (a.groups && !a.keep) {
+        if (!PLAIN && a.groups && !a.keep) {
             // A fixed quota from every group: one that has given its share is closed.
             if (lane == pick / size) ++used;
             closed = __shfl_sync(ALL, used, pick / size) >= a.K / a.groups;
@@ -223,7 +242,7 @@ template <int PER> __global__ void __launch_bounds__(WARPS* WARP) route_kernel(c
         w = routed ? expf(w - top) : 0.0f;
         w = w / fmaxf(warp_sum(w), TINY);
     }
-    if (a.renorm != NONE) w = w / norm(a, w);
+    if (a.renorm != NONE) w = w / norm<PLAIN>(a, w);
     w *= a.scale;
     if (a.expert_scale != nullptr && routed && id >= 0 && id < a.E) w *= a.expert_scale[id];
     const long long row = t * (a.K + a.fused);
@@ -242,7 +261,10 @@ template <int PER> cudaError_t launch(const Route& a, cudaStream_t stream) {
     if constexpr (PER <= MOST_PER_LANE) {
         if (a.width > PER * WARP) return launch<2 * PER>(a, stream);
         const unsigned blocks = static_cast<unsigned>(ceil_div(a.T, WARPS));
-        route_kernel<PER><<<blocks, WARPS * WARP, WARPS * a.width * sizeof(float), stream>>>(a);
+        const size_t bytes = WARPS * a.width * sizeof(float);
+        if (a.groups == 0 && a.table == nullptr && a.score <= SIGMOID && a.softcap <= 0.0f && a.renorm != LP)
+            route_kernel<PER, true><<<blocks, WARPS * WARP, bytes, stream>>>(a);
+        else route_kernel<PER, false><<<blocks, WARPS * WARP, bytes, stream>>>(a);
         return cudaGetLastError();
     }
     return cudaErrorInvalidValue;

@@ -13,11 +13,25 @@ struct Slots {
     int num_experts, num_local;
     unsigned K;
 
+    // An id as it lies in memory. What it says comes later (`id`), so that many can be under way at once.
+    struct Raw {
+        int low, high;
+    };
+
     // Slots number fewer than 2^31 (slots.py): one 32-bit division. Offsets do not fit 32 bits.
-    __device__ long long id(unsigned slot) const {
-        const long long at = slot / K * stride_t + slot % K * stride_k;
-        return wide ? static_cast<const long long*>(ids)[at] : static_cast<const int*>(ids)[at];
+    __device__ Raw raw(unsigned slot) const {
+        const bool flat = stride_k == 1 && stride_t == K;
+        const long long at = flat ? slot : slot / K * stride_t + slot % K * stride_k;
+        if (!wide) return {static_cast<const int*>(ids)[at], 0};
+        const int2 both = static_cast<const int2*>(ids)[at];
+        return {both.x, both.y};
     }
+
+    __device__ long long id(Raw r) const {
+        return wide ? static_cast<long long>(r.high) << 32 | static_cast<unsigned>(r.low) : r.low;
+    }
+
+    __device__ long long id(unsigned slot) const { return id(raw(slot)); }
 
     // -1 where the id is -1, out of range or remote. The map is never read outside its bounds.
     __device__ int local_of(long long id) const {
@@ -28,6 +42,24 @@ struct Slots {
     }
 
     __device__ int local(unsigned slot) const { return local_of(id(slot)); }
+
+    // local[j] of slot first + j * step where that is below `end`, -1 elsewhere; in sweeps, so that no load waits for another.
+    template <int N> __device__ void locals(int first, int step, int end, int (&local)[N]) const {
+        Raw r[N];
+#pragma unroll
+        for (int j = 0; j < N; ++j)
+            if (first + j * step < end) r[j] = raw(first + j * step);
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+            const long long own = id(r[j]);
+            local[j] = -1;
+            if (first + j * step >= end || own < 0 || own >= num_experts) continue;
+            local[j] = expert_map == nullptr ? static_cast<int>(own) : expert_map[own];
+        }
+#pragma unroll
+        for (int j = 0; j < N; ++j)
+            if (local[j] < 0 || local[j] >= num_local) local[j] = -1;
+    }
 };
 
 }  // namespace moeproof

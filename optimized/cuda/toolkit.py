@@ -1,12 +1,14 @@
 """Compiling a stage into a shared library, once for each source, flags and architecture, in the user's cache folder.
 
-A plain C library needs no header of torch, so a stage compiles in one to four seconds. Files in the cache are named by the
-SHA-256 of what they were made of and put there by an atomic rename: nothing is ever half written, stale or locked.
+A plain C library needs no header of torch, so a stage compiles in one to fifteen seconds. Libraries are named by the SHA-256 of
+what they were made of and put in place by an atomic rename: nothing is ever half written, stale or locked. Libraries made ahead
+of time (build.py) lie in the package itself, and are found first.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -18,9 +20,12 @@ import torch
 from moeproof.reference.contract.errors import ContractError, check, known
 
 SOURCES = Path(__file__).parent
+PREBUILT = "prebuilt"
+"""Folder beside the sources for libraries that a wheel takes along."""
 STAGES = {
     "router": "ROUTE",
     "align": "PERMUTE",
+    "dispatch": "DISPATCH on one rank, and zeros for dead slots",
     "rows": "gather and scatter around a grouped product",
     "activation": "ACT",
     "combine": "COMBINE",
@@ -30,16 +35,26 @@ STAGES = {
 FLAGS = ("-O3", "-std=c++17", "-lineinfo", "--shared", "-Xcompiler=-fPIC")
 CACHE = "MOEPROOF_CUDA_CACHE"
 """Environment variable that names the cache folder."""
-NO_TOOLKIT = "no CUDA toolkit was found: install nvcc (CUDA 12 or newer) or set CUDA_HOME to its folder"
+NO_TOOLKIT = "no CUDA toolkit was found: install nvcc (CUDA 12 or newer, or moeproof[cuda]) or set CUDA_HOME to its folder"
 
 
 def nvcc() -> str | None:
-    """Path of the compiler: of CUDA_HOME or CUDA_PATH where set, else the one on PATH, else of /usr/local/cuda."""
+    """Path of the compiler: of CUDA_HOME or CUDA_PATH where set, else on PATH, in /usr/local/cuda, in NVIDIA's wheels."""
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     for home in homes:
         if found := shutil.which("nvcc", path=str(Path(home) / "bin")):
             return found
-    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    for path in (None, "/usr/local/cuda/bin", os.pathsep.join(_wheels())):
+        if found := shutil.which("nvcc", path=path):
+            return found
+    return None
+
+
+def _wheels() -> list[str]:
+    """Folders of programs of the wheels nvidia-cuda-nvcc and its like, newest CUDA first."""
+    spec = importlib.util.find_spec("nvidia")
+    places = spec.submodule_search_locations if spec is not None else None
+    return [str(folder) for place in places or () for folder in sorted(Path(place).glob("cu*/bin"), reverse=True)]
 
 
 def architecture(device: torch.device) -> str:
@@ -65,16 +80,19 @@ def key(stage: str, arch: str) -> str:
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 
 
-def library_path(stage: str, arch: str) -> Path:
-    """Where the library is or will be."""
-    return cache_folder() / f"{stage}-{arch}-{key(stage, arch)[:32]}.so"
+def library_name(stage: str, arch: str) -> str:
+    return f"{stage}-{arch}-{key(stage, arch)[:32]}.so"
+
+
+def find(stage: str, arch: str) -> Path | None:
+    """The library of a stage where it is made already: in the package, or in the cache."""
+    name = library_name(stage, arch)
+    return next((path for path in (SOURCES / PREBUILT / name, cache_folder() / name) if path.is_file()), None)
 
 
 def missing(arch: str) -> str | None:
-    """Why stages cannot be had for this architecture, or None: they are in the cache, or nvcc can make them."""
-    if nvcc() or all(library_path(stage, arch).is_file() for stage in STAGES):
-        return None
-    return NO_TOOLKIT
+    """Why stages cannot be had for this architecture, or None: they are made already, or nvcc can make them."""
+    return None if nvcc() or all(find(stage, arch) for stage in STAGES) else NO_TOOLKIT
 
 
 def command(compiler: str, stage: str, arch: str, output: Path) -> list[str]:
@@ -82,11 +100,11 @@ def command(compiler: str, stage: str, arch: str, output: Path) -> list[str]:
     return [compiler, *FLAGS, generate, str(SOURCES / f"{stage}.cu"), "-o", str(output)]
 
 
-def build(stage: str, arch: str) -> Path:
-    """The library of a stage, compiled if it is not in the cache. Raises ContractError where that cannot be done."""
-    path = library_path(stage, arch)
-    if path.is_file():
-        return path
+def build(stage: str, arch: str, folder: Path | None = None) -> Path:
+    """The library of a stage, compiled into `folder` or the cache where it is not made yet. ContractError where that fails."""
+    if found := find(stage, arch):
+        return found
+    path = (folder or cache_folder()) / library_name(stage, arch)
     compiler = nvcc()
     if compiler is None:
         raise ContractError(NO_TOOLKIT)

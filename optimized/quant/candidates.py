@@ -38,7 +38,8 @@ def _multiplies_fp8(p: Problem) -> bool:
     return multiplier(p.quant.a1, p.quant.w).operand == "e4m3fn"
 
 
-def _unsupported(p: Problem, fp8: bool) -> str | None:
+def unsupported(p: Problem, fp8: bool) -> str | None:
+    """What the set of these products does not do."""
     if not p.quant.quantised:
         return "quantised schemes only"
     if _multiplies_fp8(p) != fp8:
@@ -52,7 +53,7 @@ def _layer(fp8: bool) -> Callable[[Problem], str | None]:
     def supports(p: Problem) -> str | None:
         if p.layout != "standard":
             return "this candidate works in the standard layout"
-        return _unsupported(p, fp8)
+        return unsupported(p, fp8)
 
     return supports
 
@@ -63,7 +64,7 @@ def _pair(fp8: bool, layout: str) -> Callable[[Problem], str | None]:
             return f"this pair works in the {layout} layout"
         if p.shared or p.router.zero_experts or p.scale_on_sum != 1.0:
             return "the seed's interfaces have no room for shared experts, identity experts or a scale of the sum"
-        return _unsupported(p, fp8)
+        return unsupported(p, fp8)
 
     return supports
 
@@ -73,13 +74,13 @@ def _levels(inputs: Inputs) -> Levels:
     return Levels(inputs.a1_scale if a1 is not None and a1.two_level else None, inputs.w1_global, inputs.w2_global)
 
 
-def _experts(inputs: Inputs) -> QuantExperts:
+def experts(inputs: Inputs) -> QuantExperts:
     """With h kept, so that QUANT2 can be judged on bits."""
     p = inputs.problem
     return QuantExperts(p.quant, _levels(inputs), inputs.b1, inputs.b2, p.act, keep_h=True)
 
 
-def _batched_experts(inputs: Inputs) -> QuantBatchedExperts:
+def batched_experts(inputs: Inputs) -> QuantBatchedExperts:
     p = inputs.problem
     return QuantBatchedExperts(p.quant, _levels(inputs), inputs.b1, inputs.b2, p.act, keep_h=True)
 
@@ -92,17 +93,18 @@ def _batched(inputs: Inputs) -> QuantBatchedPrepareFinalize:
     return QuantBatchedPrepareFinalize(inputs.problem.quant, inputs.problem.rows_per_expert, inputs.w1.size(0))
 
 
-def _taps(experts: FusedMoEPermuteExpertsUnpermute) -> dict[str, Tensor]:
-    assert isinstance(experts, (QuantExperts, QuantBatchedExperts))
-    return experts.taps()
+def taps(parts: FusedMoEPermuteExpertsUnpermute) -> dict[str, Tensor]:
+    """What these experts kept of their last `apply`."""
+    assert isinstance(parts, (QuantExperts, QuantBatchedExperts))
+    return parts.taps()
 
 
 def _set(name: str, fp8: bool) -> list[Candidate | Pair]:
-    pairs = (("modular", "standard", _no_ep, _experts), ("batched", "batched", _batched, _batched_experts))
+    pairs = (("modular", "standard", _no_ep, experts), ("batched", "batched", _batched, batched_experts))
     return [
         Candidate(name, layer.run, SHOWS, _layer(fp8), CLAIMS[fp8], backend="triton"),
         *(
-            Pair(f"{name}-{kind}", front, back, layout, _pair(fp8, layout), CLAIMS[fp8], backend="triton", taps=_taps)
+            Pair(f"{name}-{kind}", front, back, layout, _pair(fp8, layout), CLAIMS[fp8], backend="triton", taps=taps)
             for kind, layout, front, back in pairs
         ),
     ]

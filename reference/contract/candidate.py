@@ -51,6 +51,14 @@ TRANSPORTS = {
     "symm": "processes over gloo and symmetric memory, several on one GPU if need be",
     "nccl": "one process per GPU",
 }
+QUANT1 = {
+    "source": "each rank quantises its own tokens before dispatch; scales travel with their rows, (rows, G), a dynamic scale "
+    "of a whole tensor (that of the rank's tokens) as (rows, 1) too",
+    "world": "as source, but a dynamic scale of a whole tensor is that of all ranks' tokens: (1, 1), the same on every rank",
+    "arrival": "rows travel in the problem's dtype, and each rank quantises what it received: a dynamic scale of a whole "
+    "tensor, (1, 1), is that of the rows with a live slot there",
+}
+"""Where on several ranks QUANT1 stands. Scales of one token or group, and static ones, are the same under every rule."""
 DETERMINISM = {
     "run": "same bits from run to run",
     "batch": "same bits whatever else is in the batch",
@@ -190,6 +198,11 @@ class RankPair:
     backend: str = "torch"
     kernel: type[FusedMoEModularKernel] = FusedMoEModularKernel
     """What runs the two together: FusedMoEOverlappedKernel where prepare_finalize has the four calls in halves."""
+    quant1: str = "source"
+    """Where QUANT1 stands, a word of QUANT1. Of h there is no choice: QUANT2 is each rank's own, over its received pairs and
+    its shard of I."""
+    taps: Callable[[FusedMoEPermuteExpertsUnpermute], Mapping[str, torch.Tensor]] | None = None
+    """As Pair.taps, in the coordinates of the rows that `apply` got."""
     transports: tuple[str, ...] = ("simulated", "gloo", "symm", "nccl")
     """Links it can use; `symm` means gloo for control and symmetric memory on the group's GPUs."""
     source: str = ""
@@ -198,5 +211,6 @@ class RankPair:
     def __post_init__(self) -> None:
         known(f"layout of pair {self.name}", self.layout, LAYOUTS)
         known(f"backend of pair {self.name}", self.backend, BACKENDS)
+        known(f"quant1 of pair {self.name}", self.quant1, QUANT1)
         for transport in self.transports:
             known(f"transport of pair {self.name}", transport, TRANSPORTS)

@@ -6,11 +6,13 @@ reference code and tests.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from moeproof.reference.contract.errors import ContractError, check
 from moeproof.reference.contract.formats import Format, format_of
-from moeproof.reference.contract.schemes import Quantiser, QuantScheme
+from moeproof.reference.contract.schemes import ALL, Quantiser, QuantScheme
 
 Tensor = torch.Tensor
 
@@ -71,16 +73,23 @@ def check_static_scale(
 def check_activation(
     name: str, quantiser: Quantiser | None, codes: Tensor, scale: Tensor | None, columns: int, dtype: torch.dtype
 ) -> None:
-    """Quantised rows (.., rows, columns) and their scales, as prepare hands them to apply."""
+    """Quantised rows (.., rows, columns) and their scales, as prepare hands them to apply: see as_received."""
     if quantiser is None:
         _absent(f"{name}_scale", scale, "activations are not quantised")
         check(codes.dtype == dtype, f"{name} is {codes.dtype}, must be {dtype}")
         return
-    q = quantiser
+    q = as_received(quantiser, scale)
     shape = (*codes.shape[:-1], columns)
     why = f"{q.fmt} activations with scales for groups of {_group(q)}"
     _exactly(name, codes, q.code_shape(*shape), q.format.dtype, codes.device, why)
     _exactly(f"{name}_scale", scale, q.scale_shape(*shape), q.scale_format(format_of(dtype)).dtype, codes.device, why)
+
+
+def as_received(quantiser: Quantiser, scale: Tensor | None) -> Quantiser:
+    """How the scales of dispatched rows lie. A dynamic scale of a whole tensor comes once, (1, 1), or beside each row,
+    (rows, 1): rows of several ranks, each quantised as a tensor of its own, have the scales of several tensors."""
+    one = quantiser.by_token or quantiser.static or scale is None or scale.dim() < 2 or scale.size(-2) == 1
+    return quantiser if one else replace(quantiser, group=(1, ALL))
 
 
 def check_quantised(

@@ -13,7 +13,9 @@ Quantised tensors, with q1 = scheme.a1 and q2 = scheme.a2 (reference.contract.sc
 What QUANT1 quantises is hidden_states, all T rows of it, weighted (and rounded to the problem's dtype) where the weight is on
 the input. QUANT2 quantises h as it is shown: in the problem's dtype, or float32 where a kernel never rounds it. A dynamic
 scale for a whole tensor takes the amax of all T rows of x, and of the live (token, slot) rows of h on this rank. In the
-batched layout `rows` holds the codes and `row_scales` the scales of the same rows: (e, 1, 1), (e, C, 1) or (e, C, G).
+batched layout `rows` holds the codes and `row_scales` the scales of the same rows: (e, 1, 1), (e, C, 1) or (e, C, G). On
+several ranks the words above hold for each of them: where QUANT1 stands is a word of candidate.QUANT1, h is what the rank
+computes of the pairs it received, and with tensor-parallel shards a scale of a token of h is that of the shard's columns.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from moeproof.reference.contract.errors import check
 from moeproof.reference.contract.grid import Grid
 from moeproof.reference.contract.problem import Problem
 from moeproof.reference.contract.router import Router
+from moeproof.reference.contract.shards import check_shards
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class World:
         after = p.router.zero_experts or p.router.fused_shared
         check(not (self.redundant and after), "redundant experts take the ids after E, as zero and fused shared experts do")
         check(all(n >= 0 for n in self.tokens), f"tokens {self.tokens} must not be negative")
-        _ = self.grid  # for its refusals
+        check_shards(p, self.grid)
         shares = self.tokens if self.distinct else self.tokens[:: self.tp]
         check(
             self.distinct or all(self.tokens[r] == self.tokens[r - r % self.tp] for r in range(self.ranks)),

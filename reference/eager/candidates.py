@@ -6,12 +6,10 @@ import torch
 
 from moeproof.reference.contract.candidate import Candidate, Claims, Pair, RankPair
 from moeproof.reference.contract.inputs import Inputs
-from moeproof.reference.contract.modular import FusedMoEPermuteExpertsUnpermute
 from moeproof.reference.contract.problem import Problem
 from moeproof.reference.eager import layer
-from moeproof.reference.eager.experts import BatchedLoopExperts, LoopExperts
+from moeproof.reference.eager.experts_of import batched_experts, standard_experts, taps
 from moeproof.reference.eager.prepare_finalize import BatchedPrepareAndFinalize, NoEPPrepareAndFinalize
-from moeproof.reference.eager.quant_experts import QuantBatchedLoopExperts, QuantLoopExperts
 from moeproof.reference.eager.ranks_candidates import rank_pairs
 from moeproof.reference.eager.router import route
 
@@ -60,49 +58,26 @@ def _show_router(inputs: Inputs) -> dict[str, torch.Tensor]:
     return {"topk_ids": ids, "topk_weights": weights}
 
 
-def _quantised(inputs: Inputs) -> tuple[object, ...]:
-    """What the constructors of quantised experts take."""
-    p = inputs.problem
-    a1_scale = inputs.a1_scale if p.quant.a1 is not None and p.quant.a1.two_level else None
-    return p.quant, p.act, inputs.b1, inputs.b2, inputs.w1_global, inputs.w2_global, a1_scale
-
-
-def _standard_experts(inputs: Inputs) -> FusedMoEPermuteExpertsUnpermute:
-    if inputs.problem.quant.quantised:
-        return QuantLoopExperts(*_quantised(inputs))  # type: ignore[arg-type]
-    return LoopExperts(inputs.problem.act, inputs.b1, inputs.b2)
-
-
-def _batched_experts(inputs: Inputs) -> FusedMoEPermuteExpertsUnpermute:
-    if inputs.problem.quant.quantised:
-        return QuantBatchedLoopExperts(*_quantised(inputs))  # type: ignore[arg-type]
-    return BatchedLoopExperts(inputs.problem.act, inputs.b1, inputs.b2)
-
-
-def _taps(experts: FusedMoEPermuteExpertsUnpermute) -> dict[str, torch.Tensor]:
-    return experts.taps() if isinstance(experts, (QuantLoopExperts, QuantBatchedLoopExperts)) else {}
-
-
 def candidates() -> list[Candidate | Pair | RankPair]:
     """Two seed-style pairs (one for each layout), the router alone, the whole layer stage by stage, and the pairs for ranks."""
     return [
         Pair(
             "eager",
             lambda inputs: NoEPPrepareAndFinalize(inputs.problem.quant),
-            _standard_experts,
+            standard_experts,
             supports=supports_standard,
             claims=CLAIMS,
             slots_in_workspace2=True,
-            taps=_taps,
+            taps=taps,
         ),
         Pair(
             "eager-batched",
             lambda inputs: BatchedPrepareAndFinalize(inputs.problem.rows_per_expert, scheme=inputs.problem.quant),
-            _batched_experts,
+            batched_experts,
             layout="batched",
             supports=supports_batched,
             claims=CLAIMS,
-            taps=_taps,
+            taps=taps,
         ),
         Candidate("eager-router", _show_router, ("topk_ids", "topk_weights"), claims=CLAIMS),
         Candidate(

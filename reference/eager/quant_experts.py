@@ -13,7 +13,13 @@ import torch
 from moeproof.reference.contract.activations import Activation
 from moeproof.reference.contract.errors import check
 from moeproof.reference.contract.formats import format_of
-from moeproof.reference.contract.quant_checks import check_activation, check_global, check_quantised, check_scale_values
+from moeproof.reference.contract.quant_checks import (
+    as_received,
+    check_activation,
+    check_global,
+    check_quantised,
+    check_scale_values,
+)
 from moeproof.reference.contract.schemes import QuantScheme
 from moeproof.reference.eager.activations import activate
 from moeproof.reference.eager.experts import BatchedLoopExperts, LoopExperts, _Experts, _take
@@ -113,10 +119,10 @@ class _QuantExperts(_Experts):
 
     def _x_matrix(self, xq: Tensor, xs: Tensor | None, rows: Tensor, expert: int, dtype: torch.dtype) -> Matrix:
         """`xs` (rows or 1, G), or (e, 1, 1) where the batched layout repeats one scale for every expert."""
-        q = self.scheme.a1
-        if q is None:
+        if self.scheme.a1 is None:
             return plain(xq[rows])
         assert xs is not None
+        q = as_received(self.scheme.a1, xs)
         s = xs[rows] if q.by_token else xs[expert] if xs.dim() == 3 else xs
         return activations(xq[rows], s, q, dtype, self.a1_scale)
 
@@ -250,7 +256,7 @@ class QuantBatchedLoopExperts(_QuantExperts):
         flat = None
         if a1q_scale is not None:
             assert self.scheme.a1 is not None
-            flat = a1q_scale.flatten(0, 1) if self.scheme.a1.by_token else a1q_scale
+            flat = a1q_scale.flatten(0, 1) if as_received(self.scheme.a1, a1q_scale).by_token else a1q_scale
         y = self._run(hidden_states.flatten(0, 1), w1, w2, activation, scales, flat, workspace13, workspace2, rows_of, e * C)
         self.shape = hidden_states.shape[:2]
         return y.view(*self.shape, w2.size(1))

@@ -95,10 +95,17 @@ def _power_of_two(amax: Tensor, q: Quantiser) -> Tensor:
     return torch.where(amax == 0, -127, exponent).clamp(-127, 127)
 
 
+def scale_of_tensor(amax: Tensor, q: Quantiser) -> Tensor:
+    """float32 (1, 1): the dynamic scale of a whole tensor whose largest magnitude is known."""
+    floor = torch.tensor(q.floor, dtype=torch.float32, device=amax.device)
+    return (torch.maximum(amax, floor) / q.format.max).view(1, 1)
+
+
 def quantise(x: Tensor, q: Quantiser, dtype: torch.dtype, given: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """x (R, C), any float dtype -> (codes, scales) as stored. For activations: groups of one row, or the whole tensor.
 
-    `given` float32 (1, 1) or (R, 1): the static scale, used verbatim, or the global scale of a two-level rule.
+    `given` float32 (1, 1) or (R, 1): the static scale, used verbatim, or the global scale of a two-level rule. A dynamic rule
+    takes it for the scale of a larger tensor, of which x is a part.
     """
     if q.static and given is None:
         raise ContractError(f"the static scale of {q.fmt} activations is None, must be float32 (1, 1)")
@@ -118,7 +125,7 @@ def quantise(x: Tensor, q: Quantiser, dtype: torch.dtype, given: Tensor | None =
         each = _each(stored.float(), q, x.size(1))
         ratio = x / (each * given) if q.rule == "two_level_decode" else x * (given / each)
         return encode(ratio, q.format), stored
-    s = given if q.static and given is not None else floored / q.format.max
+    s = floored / q.format.max if given is None else given
     each = _each(s, q, x.size(1))
     if q.quotient == "divide":
         ratio = x / each

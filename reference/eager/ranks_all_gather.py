@@ -52,21 +52,24 @@ class AllGatherReduceScatter(RankPrepareAndFinalize):
     ) -> Prepared:
         """(rows, scales or None, counts int32 (e,), ids, weights) of all ranks' tokens in rank order."""
         self._gathered = None
-        rows, scales = self.begin_prepare(
+        payload = self.begin_prepare(
             a1, a1_scale, a2_scale, topk_weights, topk_ids, num_experts, expert_map, apply_router_weight_on_input
         )
         link, T = self.link, a1.size(0)
         most = int(link.all_gather(torch.tensor([T], device=link.device)).max())
-        columns = [topk_ids, topk_weights, rows] + ([] if scales is None else [scales])
+        if most < T:
+            raise self.fail(f"the counts of all ranks say {most} tokens at most, and there are {T} on this rank")
+        columns = [topk_ids, topk_weights, *payload.columns]
         message = pack([_filled_up(c, most, -1 if c is topk_ids else 0) for c in columns])
         gathered = link.all_gather(message).flatten(0, 1)
-        (ids, weights, rows, *rest), sealed = unpack(gathered, fields_of(columns))
+        (ids, weights, *arrived), sealed = unpack(gathered, fields_of(columns))
         if not bool(sealed.all()):
             rank = int((~sealed).nonzero()[0]) // most
             raise self.fail(f"{int((~sealed).sum())} gathered rows are not what was sent, the first from rank {rank}")
         ids = local_only(ids, self.grid, link.rank)
         self._gathered = _Gathered(ids, T, a1.size(1))
-        return rows, rest[0] if rest else None, count_local(ids, self.grid, link.rank), ids, weights
+        rows, scales = payload.received(arrived, (ids >= 0).any(dim=1))
+        return rows, scales, count_local(ids, self.grid, link.rank), ids, weights
 
     def finalize(
         self,

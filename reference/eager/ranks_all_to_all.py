@@ -19,6 +19,8 @@ from moeproof.reference.eager.ranks_common import (
     partial_sum,
 )
 from moeproof.reference.eager.ranks_exchange import exchange_counts, start_exchange
+from moeproof.reference.eager.ranks_message import byte_rows
+from moeproof.reference.eager.ranks_quant import Payload
 
 Tensor = torch.Tensor
 
@@ -41,6 +43,8 @@ class _Flight(Batch):
     receive: list[int] = field(default_factory=list)
     shape: tuple[int, int] = (0, 0)
     """Of this rank's own rows: (T, hidden)."""
+    payload: Payload | None = None
+    """What start_prepare sent."""
     ids: Tensor = field(default_factory=lambda: torch.empty(0))
     """What finish_prepare returned."""
     output: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -71,16 +75,17 @@ class AllToAll(RankPrepareAndFinalize, FusedMoEOverlappedPrepareAndFinalize):
     ) -> Batch:
         if len(self._flights) >= IN_FLIGHT:
             raise self.fail(f"{len(self._flights)} micro-batches are in flight, at most {IN_FLIGHT}; finish one first")
-        rows, scales = self.begin_prepare(
+        payload = self.begin_prepare(
             a1, a1_scale, a2_scale, topk_weights, topk_ids, num_experts, expert_map, apply_router_weight_on_input
         )
         grid, link = self.grid, self.link
         tokens, send = destinations(topk_ids, groups_of(topk_ids, grid), grid.tp, grid.ranks)
         receive = exchange_counts(link, send)[:, link.rank].tolist()
         index = tokens.to(torch.int32)
-        columns = [index, topk_ids[tokens], topk_weights[tokens], rows[tokens], *([] if scales is None else [scales[tokens]])]
+        columns = [index, topk_ids[tokens], topk_weights[tokens], *(_picked(column, tokens) for column in payload.columns)]
         self._started += 1
         flight = _Flight(str(self._started), tokens=tokens, send=send.tolist(), receive=receive, shape=(a1.size(0), a1.size(1)))
+        flight.payload = payload
         flight.wait = start_exchange(link, columns, flight.send, receive)
         self._flights = (*self._flights, flight)
         return flight
@@ -88,12 +93,14 @@ class AllToAll(RankPrepareAndFinalize, FusedMoEOverlappedPrepareAndFinalize):
     def finish_prepare(self, batch: Batch) -> Prepared:
         flight = self._advance(batch, Step.FINISH_PREPARE)
         try:
-            index, ids, weights, rows, *rest = flight.wait()
+            index, ids, weights, *arrived = flight.wait()
             _check_order(index, flight.receive)
         except ContractError as error:
             raise self.fail(str(error)) from None
         flight.ids = local_only(ids, self.grid, self.link.rank)
-        return rows, rest[0] if rest else None, count_local(flight.ids, self.grid, self.link.rank), flight.ids, weights
+        assert flight.payload is not None, "start_prepare made it"
+        rows, scales = flight.payload.received(arrived, (flight.ids >= 0).any(dim=1))
+        return rows, scales, count_local(flight.ids, self.grid, self.link.rank), flight.ids, weights
 
     def start_finalize(
         self,
@@ -168,6 +175,11 @@ class AllToAll(RankPrepareAndFinalize, FusedMoEOverlappedPrepareAndFinalize):
         except ContractError as error:
             raise self.fail(str(error)) from None
         return flight
+
+
+def _picked(column: Tensor, tokens: Tensor) -> Tensor:
+    """column (T, .)[tokens], by bytes."""
+    return byte_rows(column)[tokens].view(column.dtype)
 
 
 def _check_order(index: Tensor, receive: list[int]) -> None:

@@ -3,68 +3,77 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from moeproof.reference.contract.candidate import Claims, RankPair
 from moeproof.reference.contract.inputs import Inputs
 from moeproof.reference.contract.link import Link
-from moeproof.reference.contract.modular import FusedMoEPermuteExpertsUnpermute
+from moeproof.reference.contract.modular import FusedMoEPrepareAndFinalize
 from moeproof.reference.contract.overlap import FusedMoEOverlappedKernel
 from moeproof.reference.contract.problem import Problem
 from moeproof.reference.contract.world import World
-from moeproof.reference.eager.experts import BatchedLoopExperts, LoopExperts
+from moeproof.reference.eager.experts_of import batched_experts, standard_experts, taps
 from moeproof.reference.eager.ranks_all_gather import AllGatherReduceScatter
 from moeproof.reference.eager.ranks_all_to_all import AllToAll
 from moeproof.reference.eager.ranks_batched import BatchedAllToAll
 
-
-def _all_gather(inputs: Inputs, world: World, link: Link) -> AllGatherReduceScatter:
-    return AllGatherReduceScatter(link, world.grid)
-
-
-def _all_to_all(inputs: Inputs, world: World, link: Link) -> AllToAll:
-    return AllToAll(link, world.grid, world.max_tokens)
-
-
-def _batched(inputs: Inputs, world: World, link: Link) -> BatchedAllToAll:
-    return BatchedAllToAll(link, world.grid, world.problem.rows_per_expert, world.max_tokens)
-
-
-def _loop(inputs: Inputs) -> FusedMoEPermuteExpertsUnpermute:
-    return LoopExperts(inputs.problem.act, inputs.b1, inputs.b2)
-
-
-def _batched_loop(inputs: Inputs) -> FusedMoEPermuteExpertsUnpermute:
-    return BatchedLoopExperts(inputs.problem.act, inputs.b1, inputs.b2)
-
-
 Supports = Callable[[Problem], str | None]
+Build = Callable[[Inputs, World, Link], FusedMoEPrepareAndFinalize]
 
 
-def rank_pairs(standard: Supports, batched: Supports, claims: Claims) -> list[RankPair]:
-    """`standard` and `batched` say which problems the experts of that layout can compute, on however many ranks."""
+def _all_gather(quant1: str) -> Build:
+    return lambda inputs, world, link: AllGatherReduceScatter(link, world.grid, scheme=world.problem.quant, quant1=quant1)
+
+
+def _all_to_all(quant1: str) -> Build:
+    return lambda inputs, world, link: AllToAll(link, world.grid, world.max_tokens, scheme=world.problem.quant, quant1=quant1)
+
+
+def _batched(quant1: str) -> Build:
+    def build(inputs: Inputs, world: World, link: Link) -> BatchedAllToAll:
+        # Without sp every rank of a tensor-parallel group sends the tokens that they all hold.
+        rows = world.problem.rows_per_expert * (1 if world.distinct else world.tp)
+        return BatchedAllToAll(link, world.grid, rows, world.max_tokens, scheme=world.problem.quant, quant1=quant1)
+
+    return build
+
+
+def rank_pairs(standard: Supports, batched: Supports, claims: Claims, quant1: str = "source", mark: str = "") -> list[RankPair]:
+    """`standard` and `batched` say which problems the experts of that layout can compute, on however many ranks.
+
+    `quant1` is where QUANT1 stands, a word of contract.candidate.QUANT1; `mark` ends the names.
+    """
 
     def rows(world: World) -> str | None:
-        if world.problem.quant.quantised:
-            return f"scheme {world.problem.scheme}: ranks share unquantised problems only"
         return standard(world.problem)
 
-    def whole_rows(world: World) -> str | None:
-        if world.problem.quant.quantised:
-            return f"scheme {world.problem.scheme}: ranks share unquantised problems only"
-        if world.tp > 1:
-            return f"tp={world.tp}: the batched exchange returns whole rows, it cannot sum shards"
+    def halves(world: World) -> str | None:
+        for name, q in (("x", world.problem.quant.a1), ("h", world.problem.quant.a2)):
+            if q is not None and not q.by_token and not q.static:
+                return f"scheme {world.problem.scheme}: each micro-batch would have a scale of {name} of its own"
+        return standard(world.problem)
+
+    def in_regions(world: World) -> str | None:
         return batched(world.problem)
 
+    gather, exchange, regions = _all_gather(quant1), _all_to_all(quant1), _batched(quant1)
+    plain = RankPair(f"eager-allgather{mark}", gather, standard_experts, supports=rows, claims=claims, quant1=quant1, taps=taps)
     return [
-        RankPair("eager-allgather", _all_gather, _loop, supports=rows, claims=claims),
-        RankPair("eager-alltoall", _all_to_all, _loop, supports=rows, claims=claims),
-        RankPair(
-            "eager-alltoall-overlapped",
-            _all_to_all,
-            _loop,
-            supports=rows,
-            claims=claims,
+        plain,
+        replace(plain, name=f"eager-alltoall{mark}", prepare_finalize=exchange),
+        replace(
+            plain,
+            name=f"eager-alltoall-overlapped{mark}",
+            prepare_finalize=exchange,
+            supports=halves,
             kernel=FusedMoEOverlappedKernel,
         ),
-        RankPair("eager-batched-alltoall", _batched, _batched_loop, "batched", whole_rows, claims),
+        replace(
+            plain,
+            name=f"eager-batched-alltoall{mark}",
+            prepare_finalize=regions,
+            experts=batched_experts,
+            layout="batched",
+            supports=in_regions,
+        ),
     ]

@@ -8,24 +8,27 @@ from typing import TypeVar
 import torch
 
 from moeproof.reference.contract.agreement import agree, withdraw
+from moeproof.reference.contract.candidate import QUANT1
 from moeproof.reference.contract.checks import check_ids
-from moeproof.reference.contract.errors import ContractError, check
+from moeproof.reference.contract.errors import ContractError, check, known
 from moeproof.reference.contract.grid import Grid
 from moeproof.reference.contract.link import Link
 from moeproof.reference.contract.modular import FusedMoEPrepareAndFinalize
+from moeproof.reference.contract.schemes import SCHEMES, QuantScheme
 from moeproof.reference.eager.ranks_link import check_size
-from moeproof.reference.eager.slots import check_routing, check_unquantised, sum_slots, weighted_input
+from moeproof.reference.eager.ranks_quant import Payload, check_scales, send
+from moeproof.reference.eager.slots import check_routing, sum_slots, weighted_input
 
 Tensor = torch.Tensor
 T = TypeVar("T")
-Quantise = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
-"""(rows (n, H), a1_scale) -> (quantised rows (n, ..), scales (n, G)): one call on the sender, before dispatch."""
+UNQUANTISED = SCHEMES["none"]
 
 
 class RankPrepareAndFinalize(FusedMoEPrepareAndFinalize):
     """Holds the link and the grid; one instance serves one layer of one rank.
 
     `max_num_tokens` bounds the tokens of every rank, None for no bound. `ids_dtype` is the dtype in which ids must arrive.
+    `quant1` is a word of contract.candidate.QUANT1: where the scheme quantises x.
     Whatever one rank refuses raises on all ranks: there the reason itself, elsewhere "rank r refused: reason".
     """
 
@@ -35,11 +38,14 @@ class RankPrepareAndFinalize(FusedMoEPrepareAndFinalize):
         grid: Grid,
         max_num_tokens: int | None = None,
         ids_dtype: torch.dtype | None = None,
-        quantise: Quantise | None = None,
+        scheme: QuantScheme = UNQUANTISED,
+        quant1: str = "source",
     ) -> None:
+        known("quant1", quant1, QUANT1)
         check(max_num_tokens is None or max_num_tokens >= 0, f"max_num_tokens={max_num_tokens} must not be negative")
         self.link, self.grid = link, grid
-        self.max_num_tokens, self.ids_dtype, self.quantise = max_num_tokens, ids_dtype, quantise
+        self.max_num_tokens, self.ids_dtype = max_num_tokens, ids_dtype
+        self.scheme, self.quant1 = scheme, quant1
 
     def topk_indices_dtype(self) -> torch.dtype | None:
         return self.ids_dtype
@@ -65,17 +71,14 @@ class RankPrepareAndFinalize(FusedMoEPrepareAndFinalize):
         num_experts: int,
         expert_map: Tensor | None,
         apply_router_weight_on_input: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Collective: raise on every rank, or return (rows, scales or None) ready to travel, (T, ..) and (T, G)."""
+    ) -> Payload:
+        """Collective: raise on every rank, or return what is ready to travel."""
         flag = apply_router_weight_on_input
 
-        def ready() -> tuple[Tensor, Tensor | None]:
+        def ready() -> Tensor:
             self._check_prepare(a1, topk_weights, topk_ids, num_experts, expert_map, flag)
-            rows = weighted_input(a1, topk_weights, topk_ids) if flag else a1
-            if self.quantise is not None:
-                return self.quantise(rows, a1_scale)
-            check_unquantised(a1_scale=a1_scale, a2_scale=a2_scale)
-            return rows, None
+            check_scales(self.scheme, a1_scale, a2_scale, len(self.grid.local(self.link.rank)), a1)
+            return weighted_input(a1, topk_weights, topk_ids) if flag else a1
 
         def facts() -> dict[str, object]:
             return {
@@ -87,11 +90,14 @@ class RankPrepareAndFinalize(FusedMoEPrepareAndFinalize):
                 "weight on input": flag,
                 "placement": self.grid,
                 "max tokens": self.max_num_tokens,
-                "scheme": getattr(self.quantise, "__name__", "none"),
+                "scheme": self.scheme.name,
+                "quant1": self.quant1,
+                "a1_scale": None if a1_scale is None else float(a1_scale),
                 **self.facts(),
             }
 
-        return self.agreed("prepare", ready, facts)
+        rows = self.agreed("prepare", ready, facts)
+        return send(self.link, rows, self.scheme, a1_scale, self.quant1)
 
     def _check_prepare(
         self,

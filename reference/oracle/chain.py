@@ -3,13 +3,14 @@
 Each intermediate may or may not have been rounded to the problem's dtype (fused kernels keep float32), so every rounding
 enters as a variance ulp^2 / 12, and every deterministic error A of a stage as a standard deviation A / 7. Variances pass
 through a GEMM by its squared weights and through the activation by its own finite differences. The final allowance is
-7 standard deviations and half an ulp of the output (docs/tolerances.md).
+7 standard deviations and half an ulp of the output (docs/tolerances.md). What is made of a value that may not fit the dtype
+is undefined: a kernel that stores it goes on with an infinity, one that keeps float32 with the value.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -21,7 +22,7 @@ from moeproof.reference.oracle import activations
 from moeproof.reference.oracle.bounds import U32, accumulator, combine_error
 from moeproof.reference.oracle.combine import routed_sum, slot_weights
 from moeproof.reference.oracle.experts import by_expert, gemm1_exact, gemm2_exact, input_rows, live_slots, local_ids
-from moeproof.reference.oracle.products import decoded, grouped, plain
+from moeproof.reference.oracle.products import Operand, decoded, grouped, plain
 from moeproof.reference.oracle.quant_stages import quant1, weight
 from moeproof.reference.oracle.requantise import requantised
 from moeproof.reference.oracle.rounding import ulp
@@ -40,7 +41,8 @@ class Spread:
 
     @property
     def allowed(self) -> Tensor:
-        return SIGMAS * self.variance.sqrt()
+        # Where a sum may have left float32's range its variance is infinite, and infinity times a weight of 0 is not 0 either.
+        return (SIGMAS * self.variance.sqrt()).nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
 def known(x: Tensor) -> Spread:
@@ -55,6 +57,12 @@ def _spread(exact: Tensor, error: Tensor, fmt: Format) -> Spread:
     return Spread(exact, torch.where(representable, 0.0, variance))
 
 
+def _in_range(x: Spread, fmt: Format) -> Spread:
+    """x as the next stage reads it: NaN, which is not compared, where a kernel that stores x may hold an infinity."""
+    beyond = x.value.abs() + x.allowed > fmt.max
+    return Spread(torch.where(beyond, torch.nan, x.value), torch.where(beyond, 0.0, x.variance))
+
+
 def _through_activation(x: Spread, problem: Problem, claims: Claims) -> Spread:
     act = problem.act
     value = activations.exact(x.value, act)
@@ -62,14 +70,25 @@ def _through_activation(x: Spread, problem: Problem, claims: Claims) -> Spread:
     sigma = x.variance.sqrt()
     if act.gated:
         # Gate and up vary independently: step each by its own sigma, and take the larger side (clamps have kinks).
-        moved = torch.zeros_like(value)
-        for half in (0, 1):
-            step = torch.zeros_like(sigma)
-            activations.split(step, act)[half].copy_(activations.split(sigma, act)[half])
-            moved += _larger_step(x.value, step, value, problem) ** 2
+        gate, up = (_of_half(sigma, half, problem) for half in (0, 1))
+        moved = _larger_step(x.value, gate, value, problem) ** 2 + _larger_step(x.value, up, value, problem) ** 2
+        moved += _both(x.value, SIGMAS * gate, SIGMAS * up, value, problem) ** 2 / SIGMAS**2
     else:
         moved = _larger_step(x.value, sigma, value, problem) ** 2
     return Spread(value, own.variance + moved)
+
+
+def _of_half(sigma: Tensor, half: int, problem: Problem) -> Tensor:
+    """sigma of the gate (0) or of up (1), zero for the other."""
+    step = torch.zeros_like(sigma)
+    activations.split(step, problem.act)[half].copy_(activations.split(sigma, problem.act)[half])
+    return step
+
+
+def _both(x: Tensor, gate: Tensor, up: Tensor, value: Tensor, problem: Problem) -> Tensor:
+    """What both steps move together beyond each alone: all there is where gate and up are 0."""
+    alone = activations.exact(x + gate, problem.act) + activations.exact(x + up, problem.act) - value
+    return activations.exact(x + gate + up, problem.act) - alone
 
 
 def _larger_step(x: Tensor, step: Tensor, value: Tensor, problem: Problem) -> Tensor:
@@ -91,36 +110,49 @@ def _experts(inputs: Inputs, x: Spread, claims: Claims) -> tuple[Spread, Spread,
     """gate_up, h and y (T, K, .) of input rows x (T, H)."""
     p, local = inputs.problem, local_ids(inputs)
     if p.quant.quantised:
-        return _quantised_experts(inputs, claims)
+        return quantised_experts(inputs, claims, quantised_rows(inputs))
     gate_up = _spread(*gemm1_exact(inputs, x.value, claims), p.fmt)
     if bool(x.variance.any()):
         rows = x.variance[:, None, :].expand(*local.shape, -1)
         own = _weighted(rows, inputs.w1.__getitem__, inputs.w1.size(0), inputs.w1.size(1), local)
         gate_up = Spread(gate_up.value, gate_up.variance + own)
-    h = _through_activation(gate_up, p, claims)
-    y = _spread(*gemm2_exact(inputs, h.value, claims), p.fmt)
-    own = _weighted(h.variance, inputs.w2.__getitem__, inputs.w2.size(0), inputs.w2.size(1), local)
+    h = _through_activation(_in_range(gate_up, p.fmt), p, claims)
+    read = _in_range(h, p.fmt)
+    y = _spread(*gemm2_exact(inputs, read.value, claims), p.fmt)
+    own = _weighted(read.variance, inputs.w2.__getitem__, inputs.w2.size(0), inputs.w2.size(1), local)
     return gate_up, h, Spread(y.value, y.variance + own)
 
 
-def _quantised_experts(inputs: Inputs, claims: Claims) -> tuple[Spread, Spread, Spread]:
-    """gate_up, h and y of the quantised experts. xq is exact; h is not, so its codes may flip: `requantised`."""
+def quantised_rows(inputs: Inputs) -> Operand:
+    """(T, K, H): what GEMM1 reads where weights are quantised, x itself or the codes of QUANT1."""
+    if inputs.problem.quant.a1 is None:
+        return plain(input_rows(inputs, inputs.hidden_states), inputs.problem.fmt)
+    return decoded(quant1(inputs)).in_slots(inputs.topk_ids.shape[1])
+
+
+def quantised_experts(inputs: Inputs, claims: Claims, rows: Operand) -> tuple[Spread, Spread, Spread]:
+    """gate_up, h and y of the quantised experts. `rows` (T, K, H) are exact; h is not, so its codes may flip: `requantised`."""
     p, scheme, local = inputs.problem, inputs.problem.quant, local_ids(inputs)
-    if scheme.a1 is None:
-        rows = plain(input_rows(inputs, inputs.hidden_states), p.fmt)
-    else:
-        x = decoded(quant1(inputs))
-        rows = replace(x, values=x.values[:, None, :].expand(*local.shape, -1))
     gate_up = _spread(*grouped(inputs, "w1", rows, inputs.b1, claims, p.N), p.fmt)
-    h = _through_activation(gate_up, p, claims)
+    h = _through_activation(_in_range(gate_up, p.fmt), p, claims)
+    read = _in_range(h, p.fmt)
     if scheme.a2 is None:
-        operand, variance = plain(h.value, p.fmt), h.variance
+        operand, variance = plain(read.value, p.fmt), read.variance
     else:
-        operand, variance = requantised(inputs, h.value, h.variance)
+        operand, variance = requantised(inputs, read.value, read.variance)
     y = _spread(*grouped(inputs, "w2", operand, inputs.b2, claims, p.hidden), p.fmt)
     # Decoded one expert at a time: all of a full-size layer in float64 would not fit beside its codes.
     own = _weighted(variance, lambda expert: weight(inputs, "w2", expert).values, inputs.w2.size(0), p.hidden, local)
-    return gate_up, h, Spread(y.value, y.variance + own)
+    lost = _leaves_range(gate_up, p.fmt) | _leaves_range(h, p.fmt)
+    if scheme.a2 is not None and not scheme.a2.by_token:
+        lost = lost.any().expand_as(lost)
+    value = torch.where(lost[..., None] & (local >= 0)[..., None], torch.nan, y.value)
+    return gate_up, h, Spread(value, y.variance + own)
+
+
+def _leaves_range(x: Spread, fmt: Format) -> Tensor:
+    """bool (T, K): rows that may hold an infinity where they are stored. What is quantised of one is any code."""
+    return (x.value.abs() + x.allowed > fmt.max).any(dim=-1)
 
 
 def shared_expert(inputs: Inputs, claims: Claims) -> tuple[Tensor, Tensor] | None:
@@ -181,6 +213,7 @@ def spreads(inputs: Inputs, claims: Claims) -> dict[str, Spread]:
 def finish(inputs: Inputs, y: Spread, claims: Claims) -> Spread:
     """out (T, H) of the experts' y (T, K, .): weigh and sum, scale, leave the latent width, add the shared expert."""
     p = inputs.problem
+    y = _in_range(y, p.fmt)
     exact, magnitude, quantum = routed_sum(inputs, y.value)
     own = combine_error(magnitude, p.slots + 1, quantum, p.fmt, claims)
     total = Spread(exact, (_squared_weights(inputs)[:, :, None] * y.variance).sum(dim=1) + (own / SIGMAS) ** 2)

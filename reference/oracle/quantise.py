@@ -48,12 +48,17 @@ class Quantised:
         return self.q if self.z is None else self.q - expand(self.z, self.quantiser, self.q.shape)
 
     @property
+    def group_scales(self) -> Tensor:
+        """(.., R, G) what multiplies each row's groups, both levels, in float64."""
+        s = spread(self.s, -2, self.quantiser.group[0], self.q.shape[-2])
+        if self.g is not None:
+            s = s * self.g if self.quantiser.rule == "two_level_decode" else s / self.g
+        return s.expand(*self.q.shape[:-1], s.shape[-1])
+
+    @property
     def scales(self) -> Tensor:
-        """(.., R, C) what multiplies each element, both levels, in float64."""
-        s = expand(self.s, self.quantiser, self.q.shape)
-        if self.g is None:
-            return s
-        return s * self.g if self.quantiser.rule == "two_level_decode" else s / self.g
+        """(.., R, C) what multiplies each element."""
+        return spread(self.group_scales, -1, self.quantiser.group[1], self.q.shape[-1])
 
     @property
     def values(self) -> Tensor:
@@ -78,11 +83,14 @@ class Quantised:
 def expand(s: Tensor, quantiser: Quantiser, shape: torch.Size | tuple[int, ...]) -> Tensor:
     """Scales (.., rows, G) -> (.., R, C): each element's own scale. The group size is the row's, never shape / G: a
     ragged last group is shorter, and 130 columns in groups of 128 are 128 and 2, not 65 and 65."""
-    for dim, size in ((-2, quantiser.group[0]), (-1, quantiser.group[1])):
-        index = torch.arange(shape[dim], device=s.device)
-        index = torch.zeros_like(index) if size == ALL else index // size
-        s = s.index_select(s.dim() + dim, index)
-    return s
+    return spread(spread(s, -2, quantiser.group[0], shape[-2]), -1, quantiser.group[1], shape[-1])
+
+
+def spread(s: Tensor, dim: int, size: int, length: int) -> Tensor:
+    """`s` with one entry per group of `size` along `dim` -> one per element, `length` of them."""
+    index = torch.arange(length, device=s.device)
+    index = torch.zeros_like(index) if size == ALL else index // size
+    return s.index_select(s.dim() + dim, index)
 
 
 def reduce_groups(x: Tensor, quantiser: Quantiser, how: str) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from moeproof.reference.contract.inputs import Inputs
 from moeproof.reference.contract.world import World
 from moeproof.reference.oracle.experts import input_rows
+from moeproof.reference.oracle.quantise import Quantised
 
 Tensor = torch.Tensor
 
@@ -37,13 +38,27 @@ class Arrived:
     token: Tensor
     """int64 (n,): its index there."""
     rows: Tensor
-    """(n, H)."""
+    """(n, H), or their codes."""
     ids: Tensor
     """(n, K) physical ids, -1 where the slot is not routed or its expert is not here."""
     weights: Tensor
     """(n, K) float32, as the source had them."""
     counts: Tensor
     """int32 (e,): pairs of each local expert."""
+    scales: Tensor | None = None
+    """(n, G) beside the rows or (1, 1) for all of them, as stored; None where x is not quantised."""
+
+
+@dataclass(frozen=True)
+class Regions:
+    """What one rank holds after a batched dispatch."""
+
+    rows: Tensor
+    """(e, C, H) or their codes; all bits set after the last of each expert, which is NaN in a floating format."""
+    pairs: list[list[Pair]]
+    """Of each local expert, in the order of its rows."""
+    scales: Tensor | None = None
+    """(e, C, G) beside the rows, or one for all of them as (e, 1, 1)."""
 
 
 def routed(world: World, ranks: Sequence[Inputs]) -> list[Pair]:
@@ -84,36 +99,78 @@ def pair_counts(world: World, pairs: Sequence[Pair], rank: int) -> Tensor:
     return torch.tensor([counts[e] for e in local], dtype=torch.int32)
 
 
-def arrived(world: World, ranks: Sequence[Inputs], rank: int, pairs: Sequence[Pair]) -> Arrived:
-    """The contiguous layout on `rank`, from all ranks' inputs and the pairs that it must receive."""
+def arrived(
+    world: World, ranks: Sequence[Inputs], rank: int, pairs: Sequence[Pair], operand: Quantised | None = None
+) -> Arrived:
+    """The contiguous layout on `rank`, from all ranks' inputs, the pairs that it must receive and their quantised operand."""
     keys = sorted({(p.source, p.token) for p in pairs})
     place = {key: n for n, key in enumerate(keys)}
-    p, K = world.problem, ranks[0].topk_ids.shape[1]
+    K = ranks[0].topk_ids.shape[1]
     ids = torch.full((len(keys), K), -1, dtype=ranks[0].topk_ids.dtype)
     for pair in pairs:
         ids[place[pair.source, pair.token], pair.slot] = pair.expert
-    sent = {source: dispatched_rows(ranks[source]) for source in {source for source, _ in keys}}
-    rows = [sent[source][token, 0] for source, token in keys]
+    first = {(p.source, p.token): n for n, p in reversed(list(enumerate(pairs)))}
+    index = torch.tensor([first[key] for key in keys], dtype=torch.int64)
+    rows, scales = stored_rows(world, ranks, pairs, operand)
     return Arrived(
         source=torch.tensor([source for source, _ in keys], dtype=torch.int64),
         token=torch.tensor([token for _, token in keys], dtype=torch.int64),
-        rows=torch.stack(rows) if rows else torch.empty(0, p.H, dtype=p.fmt.dtype),
+        rows=_picked(rows, index),
         ids=ids,
         weights=torch.stack([ranks[s].topk_weights[t] for s, t in keys]) if keys else torch.empty(0, K),
         counts=pair_counts(world, pairs, rank),
+        scales=None if scales is None else _picked(scales, index) if _beside(operand) else scales,
     )
 
 
-def batched(world: World, ranks: Sequence[Inputs], rank: int, pairs: Sequence[Pair]) -> tuple[Tensor, list[list[Pair]]]:
-    """The batched layout on `rank`: rows (e, C, H), NaN after the last of each expert, and which pair each row is."""
-    p, local = world.problem, world.grid.local(rank)
-    regions = [[pair for pair in pairs if pair.expert == e] for e in local]
+def batched(
+    world: World, ranks: Sequence[Inputs], rank: int, pairs: Sequence[Pair], operand: Quantised | None = None
+) -> Regions:
+    """The batched layout on `rank`."""
+    local, C = world.grid.local(rank), world.problem.rows_per_expert
+    regions = [[n for n, pair in enumerate(pairs) if pair.expert == e] for e in local]
+    places = [e * C + n for e, region in enumerate(regions) for n in range(len(region))]
+    index = torch.tensor([n for region in regions for n in region], dtype=torch.int64)
+
+    def spread(column: Tensor) -> Tensor:
+        flat = torch.full((len(local) * C, column.shape[1] * column.element_size()), 0xFF, dtype=torch.uint8)
+        flat[places] = _picked(column, index).view(torch.uint8)
+        return flat.view(column.dtype).view(len(local), C, column.shape[1])
+
+    rows, scales = stored_rows(world, ranks, pairs, operand)
+    if scales is not None:
+        scales = spread(scales) if _beside(operand) else scales.expand(len(local), 1, 1)
+    return Regions(spread(rows), [[pairs[n] for n in region] for region in regions], scales)
+
+
+def stored_rows(
+    world: World, ranks: Sequence[Inputs], pairs: Sequence[Pair], operand: Quantised | None
+) -> tuple[Tensor, Tensor | None]:
+    """(rows (pairs, .), scales (pairs or 1, G) or None) as they are stored: what has to arrive of each pair."""
+    if operand is not None:
+        return operand.codes(), operand.scale(world.problem.fmt)
+    return pair_rows(world, ranks, pairs), None
+
+
+def pair_rows(world: World, ranks: Sequence[Inputs], pairs: Sequence[Pair]) -> Tensor:
+    """(pairs, H) in the problem's dtype: each pair's token as it leaves, before any quantising."""
+    p = world.problem
     sent = {source: dispatched_rows(ranks[source]) for source in {pair.source for pair in pairs}}
-    rows = torch.full((len(local), p.rows_per_expert, p.H), torch.nan, dtype=p.fmt.dtype)
-    for index, region in enumerate(regions):
-        for n, pair in enumerate(region):
-            rows[index, n] = sent[pair.source][pair.token, pair.slot]
-    return rows, regions
+    rows = [sent[pair.source][pair.token, pair.slot] for pair in pairs]
+    return torch.stack(rows) if rows else torch.empty(0, p.hidden, dtype=p.fmt.dtype, device=ranks[0].device)
+
+
+def _beside(operand: Quantised | None) -> bool:
+    """Whether each row has scales of its own."""
+    return operand is not None and operand.quantiser.by_token
+
+
+def _picked(column: Tensor, index: Tensor) -> Tensor:
+    """column (n, ..)[index]. By bytes: not every narrow dtype can be indexed."""
+    flat = column.contiguous()
+    if not flat.numel():
+        return flat[: len(index)]
+    return flat.view(torch.uint8)[index.to(flat.device)].view(column.dtype)
 
 
 def dispatched_rows(inputs: Inputs) -> Tensor:

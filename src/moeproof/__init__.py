@@ -6,7 +6,7 @@ from moeproof._version import __version__
 
 if TYPE_CHECKING:
     from moeproof.harness.api import Report, verify
-    from moeproof.harness.case import Case, parse_case
+    from moeproof.harness.cases.case import Case, parse_case
     from moeproof.reference.contract import Candidate, Claims, ContractError, Inputs, Pair, Problem
 
 __all__ = [
@@ -26,8 +26,8 @@ __all__ = [
 _HOME = {
     "verify": "moeproof.harness.api",
     "Report": "moeproof.harness.api",
-    "Case": "moeproof.harness.case",
-    "parse_case": "moeproof.harness.case",
+    "Case": "moeproof.harness.cases.case",
+    "parse_case": "moeproof.harness.cases.case",
 }
 
 

@@ -12,9 +12,9 @@ import torch
 from rich.console import Console
 
 from moeproof import Candidate, Claims, ContractError, Inputs, Problem
-from moeproof.harness import matrix
-from moeproof.harness.matrix import Block, Cell, CellResult, Config, State
-from moeproof.harness.presets import PRESETS
+from moeproof.harness.cases.presets import PRESETS
+from moeproof.harness.reports import matrix
+from moeproof.harness.reports.matrix import Block, Cell, CellResult, Config, State
 from moeproof.reference.oracle import chain
 
 CONFIG = Path(__file__).parents[2] / "ci" / "matrix.json"

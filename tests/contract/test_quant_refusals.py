@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moeproof.harness.case import parse_case
-from moeproof.harness.inputs import make_inputs
-from moeproof.harness.pairs import run_pair
+from moeproof.harness.cases.case import parse_case
+from moeproof.harness.cases.inputs import make_inputs
+from moeproof.harness.judging.pairs import run_pair
 from moeproof.reference.contract import ContractError, Inputs, Pair
 from moeproof.reference.eager import candidates
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from moeproof.harness.case import parse_case
+from moeproof.harness.cases.case import parse_case
 from moeproof.reference.contract import (
     Activation,
     Candidate,

@@ -10,7 +10,7 @@ import hashlib
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +18,11 @@ from unittest.mock import patch
 
 import torch
 
-from moeproof.optimized.cuda import library, toolkit
+from moeproof.optimized.cuda import library, scaled_gemm, toolkit
 from moeproof.optimized.cuda.candidates import candidates
-from moeproof.reference.contract import Candidate
+from moeproof.reference.contract import Candidate, Pair, Problem
 
+Tensor = torch.Tensor
 COMPILER = shutil.which("g++")
 FLAGS = ("-O1", "-std=c++17", "-shared", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=fast", "-fsanitize=alignment")
 HEADER = Path(__file__).with_name("emulated_cuda.h")
@@ -58,6 +59,25 @@ def build(stage: str, sources: Path, folder: Path) -> Path:
     return made
 
 
+def product(codes_PA: Tensor, scale_P: Tensor, w_eNA: Tensor, scale_eN: Tensor, ends: Tensor, dtype: torch.dtype) -> Tensor:
+    """scaled_gemm.product in float64: torch's own exists on Hopper only."""
+    out = torch.full((codes_PA.size(0), w_eNA.size(1)), torch.nan, dtype=dtype)
+    start = 0
+    for expert, end in enumerate(ends.tolist()):
+        exact = codes_PA[start:end].double() @ w_eNA[expert].double().T
+        scaled = exact * scale_P[start:end, None].double() * scale_eN[expert].double()
+        out[start:end] = scaled.to(torch.float32).to(dtype)
+        start = end
+    return out
+
+
+def unsupported(problem: Problem, real: Callable[[Problem], str | None] = scaled_gemm.unsupported) -> str | None:
+    """What scaled_gemm.unsupported says on Hopper."""
+    hopper = {"is_available": lambda: True, "get_device_capability": lambda device=None: (9, 0)}
+    with patch.multiple(torch.cuda, **hopper):
+        return real(problem)
+
+
 @contextmanager
 def emulating(folder: Path, sources: Path = toolkit.SOURCES) -> Iterator[None]:
     """While active, CUDA stages take tensors on the CPU and run here. Libraries are made in `folder`, once."""
@@ -77,10 +97,11 @@ def emulating(folder: Path, sources: Path = toolkit.SOURCES) -> Iterator[None]:
         patch.object(library, "_architecture", lambda index: str(folder)),
         patch.object(library, "call", call),
         patch.object(library, "check_tensors", lambda **tensors: None),
+        patch.multiple(scaled_gemm, product=product, unsupported=unsupported),
     ):
         yield
 
 
-def emulated_candidates() -> list[Candidate]:
+def emulated_candidates() -> list[Candidate | Pair]:
     """The CUDA candidates, as ones that run wherever torch runs."""
     return [replace(candidate, backend="torch") for candidate in candidates()]

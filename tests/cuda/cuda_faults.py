@@ -26,6 +26,10 @@ class Fault:
     case: str = PLAIN
     stands_for: str = ""
     candidate: str = "cuda-triton-gemm"
+    tool: str = ""
+    """Of compute-sanitizer, that must report it too."""
+    judged: bool = True
+    """False: the values may come out right all the same, so that only the tool can be asked."""
 
     @property
     def stage(self) -> str:
@@ -37,9 +41,14 @@ class Fault:
 
 FAULTS = (
     # COMBINE
-    Fault("combine.tail_dropped", "combine.cu", "h >= a.H) return;", "h + N > a.H) return;", stands_for="P66"),
+    Fault("combine.tail_dropped", "combine.cu", "h >= a.H) return;", "h + 1 >= a.H) return;", stands_for="P66"),
     Fault(
-        "combine.past_end", "combine.cu", "a.stride_oh : h), count, result);", "a.stride_oh : h), N, result);", stands_for="P39"
+        "combine.past_end",
+        "combine.cu",
+        "h >= a.H) return;",
+        "h > a.H) return;",
+        stands_for="P39",
+        tool="memcheck",
     ),
     Fault(
         "combine.sums_unwritten",
@@ -53,8 +62,8 @@ FAULTS = (
     Fault(
         "combine.next_weight",
         "combine.cu",
-        "+ k * a.stride_wk] : 1.0f",
-        "+ (k + 1) % K * a.stride_wk] : 1.0f",
+        "+ k * a.stride_wk];",
+        "+ (k + 1) % K * a.stride_wk];",
         stands_for="P67",
     ),
     Fault(
@@ -66,7 +75,22 @@ FAULTS = (
         "P68",
     ),
     Fault(
-        "combine.no_barrier", "combine.cu", "    __syncthreads();\n    const int h = ", "    const int h = ", stands_for="P36"
+        "combine.no_barrier",
+        "combine.cu",
+        "    __syncthreads();\n    const int h = ",
+        "    const int h = ",
+        stands_for="P36",
+        tool="racecheck",
+        judged=False,
+    ),
+    Fault(
+        "combine.barrier_unmet",
+        "combine.cu",
+        "    __syncthreads();\n    const int h = ",
+        "    if ((blockIdx.y * blockDim.x + threadIdx.x) * N < a.H) __syncthreads();\n    const int h = ",
+        stands_for="P36",
+        tool="synccheck",
+        judged=False,
     ),
     Fault(
         "combine.int32_offset",
@@ -77,12 +101,12 @@ FAULTS = (
         "P64",
     ),
     # ACT
-    Fault("act.tail_dropped", "activation.cu", "i >= a.I ||", "i + N > a.I ||", f"{PLAIN},act=relu2_no_mul", "P54"),
+    Fault("act.tail_dropped", "activation.cu", "i >= a.I ||", "i + 1 >= a.I ||", f"{PLAIN},act=relu2_no_mul", "P54"),
     Fault(
         "act.past_end",
         "activation.cu",
-        "a.stride_hi : i), count, h);",
-        "a.stride_hi : i), N, h);",
+        "i >= a.I ||",
+        "i > a.I ||",
         f"{PLAIN},act=gelu_no_mul",
         "P39",
     ),
@@ -97,12 +121,19 @@ FAULTS = (
     Fault(
         "act.interleave_mismatch",
         "activation.cuh",
-        "} else if (!a.interleaved) {",
-        "} else if (true) {",
+        "const bool pairs = a.kind < SILU_NO_MUL && a.interleaved;\n    Columns<T, N> c = {};\n    c.first = load",
+        "const bool pairs = false;\n    Columns<T, N> c = {};\n    c.first = load",
         "T=17,H=50,I=48,E=60,K=6,act=swigluoai",
         "P52",
     ),
-    Fault("act.int32_offset", "activation.cuh", "+ row * a.stride_xr;", "+ static_cast<int>(row * a.stride_xr);", WIDE, "P40"),
+    Fault(
+        "act.int32_offset",
+        "activation.cuh",
+        "+ row * a.stride_xr;\n    const long long step",
+        "+ static_cast<int>(row * a.stride_xr);\n    const long long step",
+        WIDE,
+        "P40",
+    ),
     # PERMUTE
     Fault(
         "align.scan_width",
@@ -114,22 +145,22 @@ FAULTS = (
     Fault(
         "align.padding_slot_0",
         "align.cu",
-        "sorted[p] = static_cast<uint16_t>(a.num_slots);",
-        "sorted[p] = 0;",
+        "p < end[expert]; p += THREADS) a.target[p] = a.num_slots;",
+        "p < end[expert]; p += THREADS) a.target[p] = 0;",
         stands_for="P34",
     ),
     Fault(
         "align.duplicates_collide",
         "align.cu",
-        "r.rank[j] = seen + __popc(peers & earlier);",
-        "r.rank[j] = seen;",
+        "at = position + __popc(peers & ((1u << lane) - 1));",
+        "at = position;",
         stands_for="P29",
     ),
     Fault(
         "align.last_slot_lost",
-        "align.cu",
-        "j < steps && slot < a.num_slots ?",
-        "j < steps && slot + 1 < a.num_slots ?",
+        "slots.cuh",
+        "if (first + j * step >= end ||",
+        "if (first + j * step >= end - 1 ||",
         stands_for="P35",
     ),
     Fault(
@@ -137,7 +168,8 @@ FAULTS = (
         "align.cu",
         "if (end[middle] <= b * a.block_m)",
         "if (end[middle] < b * a.block_m)",
-        stands_for="P30",
+        "T=1100,H=16,I=8,E=60,K=8",
+        "P30",
     ),
     Fault(
         "align.minus_one_wraps",
@@ -153,7 +185,19 @@ FAULTS = (
         "align.cu",
         "__popc(peers & earlier);\n        __syncwarp();",
         "__popc(peers & earlier);",
-        stands_for="P36",
+        "T=1100,H=16,I=8,E=60,K=8",
+        "P36",
+        tool="racecheck",
+        judged=False,
+    ),
+    Fault(
+        "align.histogram_unwritten",
+        "align.cu",
+        "a.histogram[static_cast<long long>(blockIdx.x) * e + i] = bins[i];",
+        ";",
+        "T=1100,H=16,I=8,E=60,K=8",
+        "P65",
+        tool="initcheck",
     ),
     Fault(
         "align.earlier_blocks",
@@ -163,7 +207,27 @@ FAULTS = (
         "T=1100,H=16,I=8,E=60,K=8",
         "P35",
     ),
-    Fault("slots.int32_offset", "slots.cuh", "const long long at = slot / K", "const int at = slot / K", WIDE, "P40"),
+    Fault("slots.int32_offset", "slots.cuh", "const long long at = flat", "const int at = flat", WIDE, "P40"),
+    # DISPATCH
+    Fault(
+        "dispatch.weight_dropped",
+        "dispatch.cu",
+        "    if (a.weights != nullptr) {",
+        "    if (false) {",
+        "T=9,H=72,I=16,E=8,K=1,weight_on_input=1",
+        "P67",
+        "cuda",
+    ),
+    Fault(
+        "dispatch.live_cleared",
+        "dispatch.cu",
+        "|| a.slots.local(slot) >= 0) return;",
+        "|| a.slots.local(slot) > 0) return;",
+        "T=17,H=56,I=48,E=8,K=6,routing=minus1",
+        "P65",
+        "cuda-modular",
+    ),
+    Fault("dispatch.int32_offset", "dispatch.cu", "+ t * a.stride_xt", "+ static_cast<int>(t * a.stride_xt)", WIDE, "P40"),
     # gather and scatter around the grouped product
     Fault(
         "rows.double_divide",
@@ -203,16 +267,16 @@ FAULTS = (
         "& 0x7fffffu) >= a.top_bits) ++e;",
         f"{QUANT},scheme=mxfp8_up,values=pin",
         "P13",
-        "cuda-quantisers",
+        "cuda-quant-triton-gemm",
     ),
     Fault(
         "quantise.group_tail",
         "quantise.cu",
-        "const int last = min(first + a.group, a.C), stride",
-        "const int last = first + a.group, stride",
+        "const int last = min(first + a.group, a.C), start",
+        "const int last = first + a.group, start",
         f"{QUANT},scheme=fp8_block",
         "P38",
-        "cuda-quantisers",
+        "cuda-quant-triton-gemm",
     ),
     Fault(
         "quantise.scale_shift",
@@ -221,7 +285,7 @@ FAULTS = (
         "a.scales[group ^ 1] = s;",
         f"{QUANT},scheme=fp8_block,values=hetero",
         "P58",
-        "cuda-quantisers",
+        "cuda-quant-triton-gemm",
     ),
     Fault(
         "quantise.past_end",
@@ -230,7 +294,7 @@ FAULTS = (
         "if (j < N) to[j]",
         "T=9,H=50,I=50,E=5,K=2,scheme=fp8_token",
         "P39",
-        "cuda-quantisers",
+        "cuda-quant-triton-gemm",
     ),
     Fault(
         "quantise.ties_away",
@@ -239,25 +303,25 @@ FAULTS = (
         "(magnitude + (1u << (DROP - 1))) >> DROP",
         f"{QUANT},scheme=mxfp4_w4a4",
         "P13",
-        "cuda-quantisers",
+        "cuda-quant-triton-gemm",
     ),
     Fault(
         "quantise.reciprocal",
         "quantise.cu",
-        "scale.divide ? scale.divisor.divides(value) :",
-        "scale.divide ? __fmul_rn(value, scale.divisor.reciprocal) :",
+        "ratio[j] = scale.divisor.divides(own[0].first.get(j));",
+        "ratio[j] = __fmul_rn(own[0].first.get(j), scale.divisor.reciprocal);",
         "T=65,H=1152,I=48,E=5,K=1,scheme=fp8_token",
         "P13",
-        "cuda-quantisers",
+        "cuda-quant-triton-gemm",
     ),
     Fault(
         "quantise.int32_offset",
         "quantise.cu",
-        "static_cast<const T*>(act.x) + row * act.stride_xr;",
-        "static_cast<const T*>(act.x) + static_cast<int>(row * act.stride_xr);",
+        "static_cast<const T*>(a.act.x) + row * a.act.stride_xr;",
+        "static_cast<const T*>(a.act.x) + static_cast<int>(row * a.act.stride_xr);",
         WIDE,
         "P40",
-        "cuda-quantisers",
+        "cuda-quant-triton-gemm",
     ),
     # ROUTE
     Fault(
@@ -273,7 +337,7 @@ FAULTS = (
         "router.bias_in_weight",
         "router.cu",
         "scores[e] = score;",
-        "scores[e] = a.bias != nullptr ? score + a.bias[e] : score;",
+        "scores[e] = score + bias[i];",
         "T=17,H=56,I=48,E=60,K=6,router=sigmoid:bias",
         "P01",
         "cuda",
@@ -308,8 +372,8 @@ FAULTS = (
     Fault(
         "router.expert_tail",
         "router.cu",
-        "x[i] = e < a.width ? load_logit(a, t, e) : -INFINITY;",
-        "x[i] = load_logit(a, t, e);",
+        "            keys[i] = TAKEN;\n        }\n    }\n    __syncwarp();",
+        "            keys[i] = key(1.0f);\n        }\n    }\n    __syncwarp();",
         "T=17,H=56,I=48,E=60,K=6",
         "P10",
         "cuda",
@@ -317,8 +381,8 @@ FAULTS = (
     Fault(
         "router.int32_offset",
         "router.cu",
-        "const long long at = t * a.stride_t",
-        "const int at = t * a.stride_t",
+        "const long long row = t * a.stride_t;",
+        "const int row = t * a.stride_t;",
         WIDE,
         "P40",
         "cuda",

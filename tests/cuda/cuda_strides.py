@@ -14,11 +14,12 @@ from moeproof.optimized.align import Alignment
 from moeproof.optimized.cuda.activation import activate
 from moeproof.optimized.cuda.align import align
 from moeproof.optimized.cuda.combine import combine
+from moeproof.optimized.cuda.dispatch import move_rows
 from moeproof.optimized.cuda.grouped_gemm import gather
 from moeproof.optimized.cuda.quantise import quantise
 from moeproof.optimized.cuda.router import route
 from moeproof.optimized.slots import Slots
-from moeproof.reference.contract import SCHEMES, Activation, Router
+from moeproof.reference.contract import FORMATS, SCHEMES, Activation, Router
 
 Tensor = torch.Tensor
 ROWS, GAP = 3, 2**30 + 8
@@ -51,6 +52,12 @@ def _align(ids: Tensor) -> Tensor:
     return align(Slots(ids, 3, 3), 4).sorted_slots
 
 
+def _move(x: Tensor) -> Tensor:
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    move_rows(x, out, 1)
+    return out
+
+
 def _gather(x: Tensor, alignment: Alignment) -> Tensor:
     return gather(x, alignment, 3, 1)[: 3 * 4]
 
@@ -70,7 +77,8 @@ def checks(device: str) -> dict[str, Callable[[], bool]]:
         "combine": lambda: same(lambda y: _combine(y, ids, weights), x),
         "activation": lambda: same(_activate, x),
         "align": lambda: same(_align, ids),
+        "dispatch": lambda: same(_move, x),
         "rows": lambda: same(lambda y: _gather(y, align(Slots(ids, 3, 3), 4)), x),
-        "quantise": lambda: same(lambda v: quantise(v, rows)[1], x),
+        "quantise": lambda: same(lambda v: quantise(v, rows, FORMATS["bf16"])[1], x),
         "router": lambda: same(lambda logits: route(logits, Router(), 2)[1], x.float()),
     }

@@ -206,26 +206,26 @@ inline void __syncwarp() { emulated::exchange(0); }
 
 inline unsigned lane_of_fiber() { return emulated::block->now->number % emulated::WARP; }
 
-template <typename T> uint64_t bits_of(T x) {
+template <typename T> uint64_t raw_bits(T x) {
     uint64_t bits = 0;
     std::memcpy(&bits, &x, sizeof(T));
     return bits;
 }
-template <typename T> T from_bits(uint64_t bits) {
+template <typename T> T from_raw(uint64_t bits) {
     T x;
     std::memcpy(&x, &bits, sizeof(T));
     return x;
 }
 
-template <typename T> T __shfl_sync(unsigned, T x, int lane) { return from_bits<T>(emulated::exchange(bits_of(x))[lane % 32]); }
+template <typename T> T __shfl_sync(unsigned, T x, int lane) { return from_raw<T>(emulated::exchange(raw_bits(x))[lane % 32]); }
 template <typename T> T __shfl_xor_sync(unsigned, T x, int mask) {
     const unsigned lane = lane_of_fiber();
-    return from_bits<T>(emulated::exchange(bits_of(x))[lane ^ mask]);
+    return from_raw<T>(emulated::exchange(raw_bits(x))[lane ^ mask]);
 }
 template <typename T> T __shfl_up_sync(unsigned, T x, int distance) {
     const int lane = static_cast<int>(lane_of_fiber());
-    const uint64_t* all = emulated::exchange(bits_of(x));
-    return lane >= distance ? from_bits<T>(all[lane - distance]) : x;
+    const uint64_t* all = emulated::exchange(raw_bits(x));
+    return lane >= distance ? from_raw<T>(all[lane - distance]) : x;
 }
 inline unsigned __reduce_max_sync(unsigned, unsigned x) {
     const uint64_t* all = emulated::exchange(x);
@@ -236,7 +236,7 @@ inline unsigned __reduce_min_sync(unsigned, unsigned x) {
     return static_cast<unsigned>(*std::min_element(all, all + 32));
 }
 inline unsigned __match_any_sync(unsigned, int x) {
-    const uint64_t own = bits_of(x), *all = emulated::exchange(own);
+    const uint64_t own = raw_bits(x), *all = emulated::exchange(own);
     unsigned mask = 0;
     for (int i = 0; i < 32; ++i) mask |= unsigned(all[i] == own) << i;
     return mask;
@@ -259,12 +259,15 @@ inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fmaf_rn(float a, float b, float c) { return std::fmaf(a, b, c); }
 inline int __float2int_rn(float x) { return static_cast<int>(std::nearbyint(x)); }
-struct alignas(16) uint4 {
-    unsigned x, y, z, w;
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
+struct alignas(8) int2 {
+    int x, y;
 };
 
-inline unsigned __float_as_uint(float x) { return from_bits<unsigned>(bits_of(x)); }
-inline float __uint_as_float(unsigned x) { return from_bits<float>(x); }
+inline unsigned __float_as_uint(float x) { return from_raw<unsigned>(raw_bits(x)); }
+inline float __uint_as_float(unsigned x) { return from_raw<float>(x); }
 
 struct __nv_bfloat16 {
     uint16_t bits;
@@ -272,6 +275,10 @@ struct __nv_bfloat16 {
 struct __half {
     _Float16 value;
 };
+inline uint16_t __half_as_ushort(__half x) { return from_raw<uint16_t>(raw_bits(x)); }
+inline __half __ushort_as_half(uint16_t x) { return from_raw<__half>(x); }
+inline uint16_t __bfloat16_as_ushort(__nv_bfloat16 x) { return x.bits; }
+inline __nv_bfloat16 __ushort_as_bfloat16(uint16_t x) { return {x}; }
 inline float __half2float(__half x) { return static_cast<float>(x.value); }
 inline __half __float2half_rn(float x) { return {static_cast<_Float16>(x)}; }
 inline float __bfloat162float(__nv_bfloat16 x) { return __uint_as_float(unsigned(x.bits) << 16); }

@@ -12,15 +12,21 @@ from moeproof.optimized.cuda import library
 from moeproof.optimized.cuda.activation import activate
 from moeproof.optimized.cuda.align import align, batch_rows
 from moeproof.optimized.cuda.combine import combine
+from moeproof.optimized.cuda.dispatch import clear_dead, move_rows, weigh_input
 from moeproof.optimized.cuda.grouped_gemm import grouped_gemm
+from moeproof.optimized.cuda.modular import StagedPrepareFinalize
+from moeproof.optimized.cuda.quantise import quantise
 from moeproof.optimized.cuda.router import route
 from moeproof.optimized.slots import Slots
-from moeproof.reference.contract import Activation, ContractError, Router
+from moeproof.reference.contract import FORMATS, SCHEMES, Activation, ContractError, Router
 
 IDS = torch.zeros(4, 2, dtype=torch.int32)
 SLOTS = Slots(IDS, 3, 3)
 W = torch.ones(4, 2)
 SILU = Activation()
+BF16 = FORMATS["bf16"]
+BLOCK, STATIC = SCHEMES["fp8_block"].a1, SCHEMES["fp8_tensor_static"].a1
+assert BLOCK is not None and STATIC is not None
 
 
 def rows(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -56,6 +62,20 @@ REFUSED: list[tuple[str, Callable[[], object]]] = [
     ("need x, which is None", lambda: combine(rows(8, 16), W, SLOTS, rows(4, 16), zero_experts=1)),
     ("shared must be contiguous float32 \\(4, 16\\)", lambda: combine(rows(8, 16), W, SLOTS, rows(4, 16), shared_TH=W)),
     ("rows must be contiguous int32 \\(8,\\)", lambda: combine(rows(8, 16), W, SLOTS, rows(4, 16), rows=IDS)),
+    ("x is on cpu", lambda: quantise(rows(8, 128), BLOCK, BF16)),
+    ("takes rows: \\(R, C\\)", lambda: quantise(rows(2, 8, 128), BLOCK, BF16)),
+    ("must be float32 \\(1, 1\\), and none else", lambda: quantise(rows(8, 128), STATIC, BF16)),
+    ("8 rows, topk_ids 6 slots", lambda: quantise(rows(8, 128), BLOCK, BF16, slots=Slots(IDS[:3], 3, 3))),
+    ("counts must be contiguous int32", lambda: quantise(rows(8, 128), BLOCK, BF16, counts=W)),
+    ("output must be torch.bfloat16 \\(8, 64\\)", lambda: quantise(rows(8, 128), BLOCK, BF16, act=SILU, h_RI=rows(8, 128))),
+    ("even number of columns, not 129", lambda: quantise(rows(8, 129), BLOCK, BF16, act=SILU)),
+    ("must be \\(rows, 16\\)", lambda: move_rows(rows(4, 16), rows(8, 17), 2)),
+    ("they must be equal", lambda: move_rows(rows(4, 16), rows(8, 16, dtype=torch.float32), 2)),
+    ("rows must be contiguous int32 \\(8,\\)", lambda: move_rows(rows(4, 16), rows(8, 16), 2, rows=IDS)),
+    ("weights must be float32 \\(4, 2\\)", lambda: move_rows(rows(4, 16), rows(8, 16), 2, weights_TK=W[:, :1])),
+    ("one slot per token", lambda: weigh_input(rows(4, 16), W)),
+    ("rows to clear are \\(7, 16\\), slots 8", lambda: clear_dead(rows(7, 16), SLOTS)),
+    ("a scheme goes with QuantStages", lambda: StagedPrepareFinalize(scheme=SCHEMES["fp8_token"])),
     ("no bias", lambda: grouped_gemm(rows(4, 16), rows(3, 8, 16), rows(8, 8), blocks(), 2, rows(3, 8))),
     ("bfloat16 on CUDA, not torch.float16", lambda: grouped_gemm(rows(4, 16).half(), rows(3, 8, 16), rows(8, 8), blocks(), 2)),
     ("rows have 16 columns, w 24", lambda: grouped_gemm(rows(4, 16), rows(3, 8, 24), rows(8, 8), blocks(), 2)),

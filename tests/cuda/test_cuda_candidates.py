@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from itertools import pairwise, product
+from itertools import product
+from types import ModuleType
 
+import cuda_emulator
 import pytest
 
-from moeproof.harness.presets import PRESETS, preset
+from moeproof.harness.cases.presets import PRESETS, preset
+from moeproof.harness.judging.pairs import as_candidate
+from moeproof.harness.registry import load_candidates
 from moeproof.optimized import candidates as triton
 from moeproof.optimized.cuda import candidates as cuda
-from moeproof.optimized.cuda import stages
-from moeproof.reference.contract import Problem
+from moeproof.optimized.cuda import quant_stages, scaled_gemm, stages
+from moeproof.reference.contract import ContractError, Problem
 
 PLAIN = "T=4,H=16,I=8,E=4,K=2"
-MIXES = set(cuda.MIXES)
-QUANTISERS = "cuda-quantisers"
+MIXES = {*cuda.MIXES, "cuda-modular"}
+AROUND = {"cuda-triton-gemm"}
+QUANTISERS = {"cuda-quant-triton-gemm"}
+HOPPER = {*QUANTISERS, "cuda-fp8", "triton-quant-cuda-gemm", "cuda-fp8-modular"}
+
+
+@pytest.fixture(autouse=True)
+def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What depends on the machine is asked of a machine with an H100 and a toolkit."""
+    monkeypatch.setattr(scaled_gemm, "unsupported", cuda_emulator.unsupported)
 
 
 def problem(line: str) -> Problem:
@@ -25,47 +37,67 @@ def problem(line: str) -> Problem:
     ("line", "supporters", "reason"),
     [
         (PLAIN, MIXES, ""),
-        (f"{PLAIN},dtype=fp16", {"cuda-triton-gemm"}, "bf16 only"),
-        (f"{PLAIN},expert_bias=1", {"cuda-triton-gemm"}, "adds no bias"),
-        ("T=4,H=16,I=7,E=4,K=2", {"cuda-triton-gemm"}, "rows of whole 16 bytes"),
+        (f"{PLAIN},dtype=fp16", AROUND, "bf16 only"),
+        (f"{PLAIN},expert_bias=1", AROUND, "adds no bias"),
+        ("T=4,H=16,I=7,E=4,K=2", AROUND, "rows of whole 16 bytes"),
         ("T=4,H=16,I=8,E=1500,K=2", set(), "at most 1024"),
-        ("T=4,H=16,I=8,E=64,K=40", {"cuda-triton-gemm"}, "at most 32 slots"),
+        ("T=4,H=16,I=8,E=64,K=40", AROUND, "at most 32 slots"),
         (f"{PLAIN},layout=batched,capacity=4", set(), "standard layout"),
         (f"{PLAIN},latent=8", set(), "latent"),
         (f"{PLAIN},ep=2,shared=8", set(), "ep > 1"),
-        (f"{PLAIN},scheme=fp8_block", {QUANTISERS}, "quantised experts are not implemented"),
-        ("T=4,H=128,I=128,E=4,K=2,scheme=int4_w4a8", {QUANTISERS}, ""),
+        (f"{PLAIN},shared=8", {*cuda.MIXES}, "routed experts only"),
+        (f"{PLAIN},scheme=fp8_block", QUANTISERS, "quantised experts are not implemented"),
+        ("T=4,H=32,I=32,E=4,K=2,scheme=fp8_token", HOPPER, ""),
+        ("T=4,H=32,I=32,E=4,K=2,scheme=fp8_token,dtype=fp16", QUANTISERS, "gives bf16 only"),
+        ("T=4,H=128,I=128,E=4,K=2,scheme=int4_w4a8", QUANTISERS, ""),
         (f"{PLAIN},scheme=fp8_tensor", set(), "no amax over a whole tensor"),
         (f"{PLAIN},scheme=fp8_w8a16", set(), "quantises no activations"),
-        ("T=4,H=32,I=32,E=4,K=2,scheme=nvfp4", set(), "does not know e2m1 by rule two_level_decode"),
+        ("T=4,H=32,I=32,E=4,K=2,scheme=nvfp4", set(), "two levels"),
     ],
 )
 def test_support_is_declared(line: str, supporters: set[str], reason: str) -> None:
-    answers = {c.name: c.supports(problem(line)) for c in cuda.candidates()}
+    answers = {c.name: c.supports(problem(line)) for c in map(as_candidate, cuda.candidates())}
 
     assert {name for name, words in answers.items() if words is None} == supporters
     assert any(reason in (words or "") for words in answers.values())
 
 
-def test_every_pair_of_backends_meets_at_every_seam() -> None:
-    """Layout agreement is where backends break."""
-    mixes = [*cuda.MIXES.values(), ()]  # the last is the `triton` candidate
-    for before, after in pairwise(stages.NAMES):
-        met = {(before in mix, after in mix) for mix in mixes}
+@pytest.mark.parametrize(
+    ("mixes", "seams"), [(cuda.MIXES, stages.SEAMS), (cuda.QUANT_MIXES, quant_stages.SEAMS)], ids=["plain", "quantised"]
+)
+def test_every_pair_of_backends_meets_at_every_seam(
+    mixes: dict[str, tuple[str, ...]], seams: tuple[tuple[str, str], ...]
+) -> None:
+    """Layout agreement is where backends break. The last mix is the candidate whose stages are all Triton's."""
+    for before, after in seams:
+        met = {(before in mix, after in mix) for mix in [*mixes.values(), ()]}
 
         assert met == set(product((True, False), repeat=2)), (before, after)
 
 
-def test_a_mix_takes_each_stage_from_its_backend() -> None:
-    mix = stages.mix(("align", "act"))
+@pytest.mark.parametrize("where", [stages, quant_stages])
+def test_a_mix_takes_each_stage_from_its_backend(where: ModuleType) -> None:
+    for name in where.NAMES:
+        mix = where.mix((name,))
 
-    assert (mix.align, mix.act) == (stages.CUDA.align, stages.CUDA.act)
-    assert (mix.route, mix.gemm1, mix.combine) == (stages.TRITON.route, stages.TRITON.gemm1, stages.TRITON.combine)
+        assert {n for n in where.NAMES if getattr(mix, n) is getattr(where.CUDA, n)} == {name}
+        assert all(getattr(mix, n) is getattr(where.TRITON, n) for n in where.NAMES if n != name)
+
+
+def test_a_user_mixes_stages_by_name() -> None:
+    (plain,) = load_candidates(["moeproof.optimized.cuda.mixed:route_combine"])
+    (quant,) = load_candidates(["moeproof.optimized.cuda.mixed:quant_align"])
+
+    assert plain.supports(problem(PLAIN)) is None
+    assert plain.supports(problem(f"{PLAIN},dtype=fp16")) is None  # Triton's product
+    assert quant.supports(problem("T=4,H=32,I=32,E=4,K=2,scheme=fp8_token")) is None
+    with pytest.raises(ContractError, match="'route_sort' names no mix of stages: sort is not known; allowed: route, weigh"):
+        load_candidates(["moeproof.optimized.cuda.mixed:route_sort"])
 
 
 def test_names_are_new() -> None:
     assert not {c.name for c in cuda.candidates()} & {c.name for c in triton.candidates()}
-    assert {c.name for c in cuda.candidates()} == MIXES | {QUANTISERS}
+    assert {c.name for c in cuda.candidates()} == MIXES | HOPPER
     assert all(c.backend == "cuda" for c in cuda.candidates())
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -79,19 +81,45 @@ def test_prebuilt_stages_need_no_toolkit(machine: Path, monkeypatch: pytest.Monk
     assert toolkit.missing("sm_90a") == toolkit.NO_TOOLKIT
 
 
+def test_a_package_takes_its_libraries_along(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No toolkit and no cache are needed where they lie beside the sources, and those of other sources are not taken."""
+    install(machine, monkeypatch)
+    monkeypatch.setattr(sys, "argv", ["build", "--arch", "sm_80", "--package"])
+    assert build.main() == 0
+    monkeypatch.delenv("CUDA_HOME")
+
+    assert toolkit.missing("sm_80") is None
+    assert toolkit.build("combine", "sm_80").parent == toolkit.SOURCES / toolkit.PREBUILT
+    assert not (machine / "cache").exists()
+    with (toolkit.SOURCES / "combine.cu").open("a") as file:
+        file.write("// changed\n")
+    assert toolkit.missing("sm_80") == toolkit.NO_TOOLKIT
+
+
+def test_nvcc_of_a_wheel_is_found(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(machine, monkeypatch)
+    monkeypatch.delenv("CUDA_HOME")
+    (machine / "nvidia" / "cu13").mkdir(parents=True)
+    (machine / "cuda" / "bin").rename(machine / "nvidia" / "cu13" / "bin")
+    spec = SimpleNamespace(submodule_search_locations=[str(machine / "nvidia")])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+
+    assert toolkit.nvcc() == str(machine / "nvidia" / "cu13" / "bin" / "nvcc")
+
+
 def test_every_ingredient_makes_another_library(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    paths = [toolkit.library_path("combine", "sm_90a"), toolkit.library_path("combine", "sm_80")]
-    paths.append(toolkit.library_path("align", "sm_90a"))
+    paths = [toolkit.library_name("combine", "sm_90a"), toolkit.library_name("combine", "sm_80")]
+    paths.append(toolkit.library_name("align", "sm_90a"))
     for name in ("combine.cu", "slots.cuh"):
         with (toolkit.SOURCES / name).open("a") as file:
             file.write("// changed\n")
-        paths.append(toolkit.library_path("combine", "sm_90a"))
-    unrelated = toolkit.library_path("align", "sm_90a")
+        paths.append(toolkit.library_name("combine", "sm_90a"))
+    unrelated = toolkit.library_name("align", "sm_90a")
     with (toolkit.SOURCES / "combine.cu").open("a") as file:
         file.write("// changed\n")
-    assert toolkit.library_path("align", "sm_90a") == unrelated
+    assert toolkit.library_name("align", "sm_90a") == unrelated
     monkeypatch.setattr(toolkit, "FLAGS", (*toolkit.FLAGS, "-G"))
-    paths.append(toolkit.library_path("combine", "sm_90a"))
+    paths.append(toolkit.library_name("combine", "sm_90a"))
 
     assert len(set(paths)) == len(paths)
 
@@ -150,6 +178,8 @@ def test_signatures_are_read_from_the_sources() -> None:
         "moeproof_route",
         "moeproof_align",
         "moeproof_align_chunk",
+        "moeproof_move",
+        "moeproof_clear",
         "moeproof_rows",
         "moeproof_ends",
         "moeproof_activate",

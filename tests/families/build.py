@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moeproof.harness.generator import Stream
+from moeproof.harness.cases.generator import Stream
 from moeproof.reference.contract import Activation, Problem, Router
 
 from .witness import Tensor, Witness, unrouted

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from moeproof.harness import report, workers
-from moeproof.harness.generator import Stream
+from moeproof.harness import workers
+from moeproof.harness.cases.generator import Stream
+from moeproof.harness.reports import report
 from moeproof.reference.contract import FORMATS, Activation, Candidate, Claims, Inputs, Problem, expert_map
 from moeproof.reference.oracle import activate, chain
 

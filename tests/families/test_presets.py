@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from moeproof.harness.case import parse_case
-from moeproof.harness.presets import PRESETS, TOKENS, preset, scaled
+from moeproof.harness.cases.case import parse_case
+from moeproof.harness.cases.presets import PRESETS, TOKENS, preset, scaled
 from moeproof.reference.contract import ContractError
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "models.md"

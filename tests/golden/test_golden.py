@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moeproof import Candidate, Claims, ContractError, Inputs, parse_case
-from moeproof.harness import golden, golden_file
-from moeproof.harness.presets import PRESETS
+from moeproof.harness.cases.presets import PRESETS
+from moeproof.harness.dumps import golden, golden_file
 from moeproof.harness.verdict import Outcome
 from moeproof.reference.oracle import chain, route
 from moeproof.reference.oracle.experts import live_slots

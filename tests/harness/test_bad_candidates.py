@@ -7,9 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from moeproof.harness.case import parse_case
+from moeproof.harness.cases.case import parse_case
 from moeproof.harness.faults.pipeline import Pipeline
-from moeproof.harness.judge import judge
+from moeproof.harness.judging.judge import judge
 from moeproof.harness.verdict import Outcome
 from moeproof.reference.contract import Candidate, Claims, ContractError, Inputs
 

@@ -11,12 +11,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from moeproof.harness import bench, bench_points, tune
-from moeproof.harness.bench import Options, Reading, geomean_between, geomean_vs, measure, read_peers
-from moeproof.harness.bench_inputs import answer, make_sets
-from moeproof.harness.bench_points import Work, grid, least
 from moeproof.harness.cli import app
-from moeproof.harness.tune_table import nearest, weak
+from moeproof.harness.timing import bench, tune
+from moeproof.harness.timing import points as bench_points
+from moeproof.harness.timing.bench import Options, Reading, geomean_between, geomean_vs, measure, read_peers
+from moeproof.harness.timing.inputs import answer, make_sets
+from moeproof.harness.timing.points import Work, grid, least
+from moeproof.harness.timing.tune_table import nearest, weak
 from moeproof.reference.contract import Candidate, Claims, ContractError, Inputs
 from moeproof.reference.contract.candidate import Tuning
 from moeproof.reference.eager.candidates import candidates as eager_candidates
@@ -52,7 +53,7 @@ def test_the_least_work_counts_each_hit_expert_once() -> None:
 def test_an_answer_in_chunks_is_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = make_sets(SMALL, 1, "cpu")[0]
     whole = answer(inputs, Claims()).value
-    monkeypatch.setattr("moeproof.harness.bench_inputs.ORACLE_BYTES", 1)
+    monkeypatch.setattr("moeproof.harness.timing.inputs.ORACLE_BYTES", 1)
     parts = answer(inputs, Claims()).value
 
     assert torch.allclose(whole.value, parts.value, rtol=1e-12)

@@ -9,9 +9,9 @@ import pytest
 import test_faults
 import torch
 
-from moeproof.harness.case import parse_case
-from moeproof.harness.judge import judge
-from moeproof.harness.pattern import describe
+from moeproof.harness.cases.case import parse_case
+from moeproof.harness.judging.judge import judge
+from moeproof.harness.judging.pattern import describe
 from moeproof.reference.contract import Inputs
 
 Tensor = torch.Tensor

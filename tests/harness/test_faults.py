@@ -9,8 +9,8 @@ import pipeline
 import pytest
 import torch
 
-from moeproof.harness.case import parse_case
-from moeproof.harness.judge import judge
+from moeproof.harness.cases.case import parse_case
+from moeproof.harness.judging.judge import judge
 from moeproof.harness.verdict import Outcome
 from moeproof.reference.contract import Inputs, Stage
 

@@ -8,15 +8,15 @@ import pipeline
 import pytest
 import torch
 
-from moeproof.harness.case import parse_case
-from moeproof.harness.expect import Expectation
-from moeproof.harness.gate import accepts
-from moeproof.harness.inputs import make_inputs
-from moeproof.harness.judge import judge
-from moeproof.harness.lint import lint, lint_all
-from moeproof.harness.rerun import Fault, faults_of, rerun, tail, without_tail
-from moeproof.harness.sample import draw
-from moeproof.harness.tiers import cases_of
+from moeproof.harness.cases.case import parse_case
+from moeproof.harness.cases.inputs import make_inputs
+from moeproof.harness.cases.sample import draw
+from moeproof.harness.cases.tiers import cases_of
+from moeproof.harness.judging.expect import Expectation
+from moeproof.harness.judging.gate import accepts
+from moeproof.harness.judging.judge import judge
+from moeproof.harness.judging.lint import lint, lint_all
+from moeproof.harness.judging.rerun import Fault, faults_of, rerun, tail, without_tail
 from moeproof.harness.verdict import Outcome
 from moeproof.reference.contract import Candidate, Claims, Inputs
 from moeproof.reference.oracle.chain import chain

@@ -7,9 +7,10 @@ import hashlib
 import pytest
 import torch
 
-from moeproof.harness.case import ROUTINGS, parse_case
-from moeproof.harness.generator import Stream
-from moeproof.harness.inputs import digest, make_inputs
+from moeproof.harness.cases.case import ROUTINGS, parse_case
+from moeproof.harness.cases.generator import Stream
+from moeproof.harness.cases.inputs import digest, make_inputs
+from moeproof.harness.cases.recipes import place
 from moeproof.reference.oracle import Selection, route
 
 MASK = (1 << 64) - 1
@@ -118,3 +119,18 @@ def test_routing_recipes_do_what_they_say(recipe: str) -> None:
     elif recipe == "router":
         choice: Selection = route(i)
         assert torch.equal(choice.ids, ids)
+
+
+def test_the_later_of_two_entries_on_one_column_wins() -> None:
+    """Whatever the device: one scatter of all entries leaves it open on a GPU."""
+    out = place(torch.zeros(2, 4), torch.tensor([[1, 1, 3], [0, 2, 0]]), torch.tensor([[5.0, 6.0, 7.0], [5.0, 6.0, 7.0]]))
+
+    assert out.tolist() == [[0.0, 6.0, 0.0, 7.0], [7.0, 0.0, 6.0, 0.0]]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("values", ["normal", "hetero", "int", "sat", "tagged", "wide", "cancel"])
+def test_a_gpu_draws_the_same_bytes(values: str) -> None:
+    case = parse_case(f"T=37,H=104,I=48,E=6,K=2,values={values},routing=dup,seed=3")
+
+    assert digest(make_inputs(case, "cuda")) == digest(make_inputs(case))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moeproof.harness.case import parse_case
-from moeproof.harness.inputs import digest, make_inputs
-from moeproof.harness.memory import GUARD, PATTERNS, Poison, guard_inputs, guarded
+from moeproof.harness.cases.case import parse_case
+from moeproof.harness.cases.inputs import digest, make_inputs
+from moeproof.harness.judging.memory import GUARD, PATTERNS, Poison, guard_inputs, guarded
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn)
 

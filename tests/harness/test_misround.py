@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moeproof.harness.misround import allowance, chance, misrounded
+from moeproof.harness.judging.misround import allowance, chance, misrounded
 from moeproof.reference.contract.schemes import FORMATS
 from moeproof.reference.oracle.rounding import round_to, ulp
 from moeproof.reference.oracle.value import stored

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moeproof.harness.case import parse_case
-from moeproof.harness.inputs import make_inputs
-from moeproof.harness.probes import patterns
+from moeproof.harness.cases.case import parse_case
+from moeproof.harness.cases.inputs import make_inputs
+from moeproof.harness.cases.probes import patterns
 from moeproof.reference.contract.candidate import Claims
 from moeproof.reference.contract.schemes import FORMATS
 from moeproof.reference.oracle.activations import split

@@ -10,12 +10,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moeproof.harness.case import Case, parse_case
-from moeproof.harness.inputs import digest, make_inputs
-from moeproof.harness.judge import judge
-from moeproof.harness.pairs import as_candidate
-from moeproof.harness.policies import policies
-from moeproof.harness.quant_sample import QUANTISED, draw_quantised
+from moeproof.harness.cases.case import Case, parse_case
+from moeproof.harness.cases.inputs import digest, make_inputs
+from moeproof.harness.cases.quant_sample import QUANTISED, draw_quantised
+from moeproof.harness.judging.judge import judge
+from moeproof.harness.judging.pairs import as_candidate
+from moeproof.harness.reports.policies import policies
 from moeproof.harness.verdict import Outcome
 from moeproof.reference.contract import SCHEMES, ContractError, Inputs, Pair
 from moeproof.reference.eager import BatchedPrepareAndFinalize, candidates
@@ -141,6 +141,6 @@ def test_policies_follow_the_claim() -> None:
 
     assert (
         "K/16" in gemm1()
-        and "sqrt(sum_b" in gemm1(accumulate="fp8_promoted")
-        and "6 K/32" in gemm1(accumulate="fp8_unpromoted")
+        and "sum_b y_b^2" in gemm1(accumulate="fp8_promoted")
+        and "n = K/32" in gemm1(accumulate="fp8_unpromoted")
     )

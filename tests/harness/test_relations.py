@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -9,13 +10,14 @@ import pipeline
 import pytest
 import torch
 
-from moeproof.harness.case import HISTORIES, RELATIONS, parse_case
-from moeproof.harness.inputs import make_inputs
-from moeproof.harness.judge import judge
-from moeproof.harness.memory import overlap
+from moeproof.harness.cases.case import HISTORIES, RELATIONS, parse_case
+from moeproof.harness.cases.inputs import make_inputs
+from moeproof.harness.judging.history import cannot_remember
+from moeproof.harness.judging.judge import judge
+from moeproof.harness.judging.memory import overlap
 from moeproof.harness.registry import load_candidates
 from moeproof.harness.verdict import Outcome
-from moeproof.reference.contract import Candidate, Claims, Inputs
+from moeproof.reference.contract import Candidate, Claims, ContractError, Inputs
 
 Tensor = torch.Tensor
 LAYER = "T=17,H=40,I=24,E=5,K=2"
@@ -54,7 +56,7 @@ BROKEN: tuple[tuple[str, Callable[[Inputs], Tensor], Claims], ...] = (
 )
 
 
-@pytest.mark.parametrize("relation", [r for r in RELATIONS if r != "none"])
+@pytest.mark.parametrize("relation", [r for r in RELATIONS if r not in ("none", "ranks")])
 @pytest.mark.parametrize("extra", ["", ",dtype=fp32", ",routing=minus1,expert_bias=1", ",router=softmax:zero_experts=2"])
 def test_a_healthy_candidate_keeps_every_relation(relation: str, extra: str) -> None:
     beyond_the_plain_pipeline = "bias" in extra or "zero_experts" in extra
@@ -62,6 +64,20 @@ def test_a_healthy_candidate_keeps_every_relation(relation: str, extra: str) -> 
     verdict = judge(candidate, parse_case(f"{LAYER}{extra},relation={relation},seed=3"), "cpu")
 
     assert verdict.outcome is Outcome.PASS, verdict
+
+
+@pytest.mark.parametrize("scheme", ["fp8_token", "int4_w4a16_zp_g32", "mxfp4_w4a4", "nvfp4", "nvfp4_encode"])
+def test_relabelled_experts_take_their_scales_along(scheme: str) -> None:
+    """Scales, zero points and global scales belong to experts as their codes do."""
+    line = f"T=17,H=128,I=64,E=5,K=2,scheme={scheme},relation=relabel,values=groups,seed=3"
+
+    assert judge(_installed("eager"), parse_case(line), "cpu").outcome is Outcome.PASS
+
+
+def test_a_split_batch_has_another_scale_where_all_tokens_share_one() -> None:
+    with pytest.raises(ContractError, match="relation=split: scheme fp8_tensor has one scale for all tokens"):
+        parse_case("T=8,H=64,I=64,E=3,K=2,scheme=fp8_tensor,relation=split")
+    assert parse_case("T=8,H=64,I=64,E=3,K=2,scheme=fp8_tensor_static,relation=split").relation == "split"
 
 
 def _installed(name: str) -> Candidate:
@@ -125,7 +141,28 @@ def test_what_needs_a_gpu_says_so(history: str) -> None:
 
     assert verdict.outcome is Outcome.UNSUPPORTED
     assert "needs an NVIDIA GPU" in verdict.reason
-    assert "needs an NVIDIA GPU" in judge(Candidate("right", right), parse_case(f"{LAYER},huge=1"), "cpu").reason
+
+
+def test_far_offsets_run_in_plain_torch_and_say_where_they_cannot() -> None:
+    case = parse_case("T=3,H=16,I=8,E=3,K=2,huge=1,seed=1")
+    x = make_inputs(case).hidden_states
+
+    assert (x.shape[0] - 1) * x.stride(0) >= 2**31
+    assert judge(Candidate("right", right), case, "cpu").outcome is (
+        Outcome.PASS if sys.platform != "win32" else Outcome.UNSUPPORTED
+    )
+    assert "needs an NVIDIA GPU" in str(cannot_remember(case, "cpu", "triton"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="an address space of 60 GB counts as memory there")
+def test_damage_to_far_rows_is_seen() -> None:
+    def damages(inputs: Inputs) -> torch.Tensor:
+        out = right(inputs)
+        inputs.hidden_states[2, 3] += 1
+        return out
+
+    verdict = judge(Candidate("damages", damages), parse_case("T=3,H=16,I=8,E=3,K=2,huge=1,seed=1"), "cpu")
+    assert "hidden_states was modified" in verdict.findings[0].message
 
 
 def test_an_output_that_shares_memory_is_found() -> None:
@@ -167,7 +204,7 @@ def test_ids_that_no_expert_has_are_refused_or_ignored() -> None:
 
 def test_workspaces_that_share_memory_are_found() -> None:
     """A kernel that gives the second product its own input to write into."""
-    from moeproof.harness.pairs import SharedMemory, _check_apart
+    from moeproof.harness.judging.pairs import SharedMemory, _check_apart
 
     x, buffer = torch.zeros(4, 8), torch.zeros(64)
     rest = (*(None,) * 9,)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moeproof.harness import results
+from moeproof.harness.reports import results
 
 STORED = Path(__file__).parents[2] / "docs" / "results"
 
@@ -44,13 +44,13 @@ def test_a_command_keeps_all_but_folders_of_this_machine(words: list[str], shown
 
 def test_a_file_is_written_whole_with_folders_made_and_none_named(tmp_path: Path) -> None:
     path = tmp_path / "new" / "file.json"
-    words = f"{Path.cwd()}/harness/judge.py and {tmp_path}/kernels.py"
+    words = f"{Path.cwd()}/harness/judging/judge.py and {tmp_path}/kernels.py"
 
     results.write(path, {"rows": [1], "words": words})
 
     found = json.loads(path.read_text())
     assert found["rows"] == [1]
-    assert found["words"].startswith("harness/judge.py and ") and " /" not in found["words"]
+    assert found["words"].startswith("harness/judging/judge.py and ") and " /" not in found["words"]
     assert [p.name for p in path.parent.iterdir()] == ["file.json"]
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from moeproof.harness.case import parse_case
-from moeproof.harness.judge import judge
+from moeproof.harness.cases.case import parse_case
+from moeproof.harness.judging.judge import judge
 from moeproof.harness.verdict import Outcome, Verdict
 from moeproof.reference.contract import Candidate, Claims, Inputs
 from moeproof.reference.eager.router import route

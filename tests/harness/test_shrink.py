@@ -12,9 +12,9 @@ import test_faults
 import torch
 from user_side import KERNEL, moeproof
 
-from moeproof.harness.case import parse_case
-from moeproof.harness.reductions import reductions, smaller
-from moeproof.harness.shrink import Step, blame, shrink
+from moeproof.harness.cases.case import parse_case
+from moeproof.harness.shrinking.reductions import reductions, smaller
+from moeproof.harness.shrinking.shrink import Step, blame, shrink
 from moeproof.harness.verdict import Outcome
 from moeproof.reference.contract import Candidate, ContractError, Inputs
 
@@ -183,8 +183,8 @@ def test_crashes_are_shrunk_in_children(name: str, words: str, left: str, wrecks
 
 
 def test_hangs_are_shrunk_under_a_deadline(wrecks: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moeproof.harness.shrink.DEADLINE", 4.0)
-    monkeypatch.setattr("moeproof.harness.shrink.HANG_DEADLINE", 1.0)
+    monkeypatch.setattr("moeproof.harness.shrinking.shrink.DEADLINE", 4.0)
+    monkeypatch.setattr("moeproof.harness.shrinking.shrink.HANG_DEADLINE", 1.0)
     found = shrink(f"{wrecks}:hangs", parse_case("T=2,H=8,I=8,E=4,K=1,seed=0"), max_seconds=60)
 
     assert found.verdict.outcome is Outcome.TIMEOUT

@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from moeproof.harness.case import Case, parse_case
-from moeproof.harness.judge import judge_lean
-from moeproof.harness.strategies import cases, search
+from moeproof.harness.cases.case import Case, parse_case
+from moeproof.harness.cases.strategies import cases, search
+from moeproof.harness.judging.judge import judge_lean
 from moeproof.harness.verdict import Outcome
 from moeproof.reference.contract import ContractError, Inputs
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moeproof.harness.api import count, exit_code
-from moeproof.harness.case import parse_case
+from moeproof.harness.cases.case import parse_case
 from moeproof.harness.verdict import Finding, Outcome, Verdict
 from moeproof.reference.contract import Stage
 

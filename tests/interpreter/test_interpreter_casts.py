@@ -10,7 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from moeproof.harness import interpreter, interpreter_numerics
+from moeproof.harness import interpreter
+from moeproof.harness.interpreter import numerics as interpreter_numerics
 
 interpreter.install()
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from moeproof.harness.case import parse_case
+from moeproof.harness.cases.case import parse_case
+from moeproof.harness.cases.inputs import make_inputs
 from moeproof.harness.faults import CATALOGUE, Pipeline, ask, usual
 from moeproof.harness.faults.ask import Layer
-from moeproof.harness.inputs import make_inputs
-from moeproof.harness.judge import judge
+from moeproof.harness.judging.judge import judge
 from moeproof.harness.verdict import Outcome
 
 LINES = (

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from moeproof.harness.case import parse_case
-from moeproof.harness.judge import judge
+from moeproof.harness.cases.case import parse_case
+from moeproof.harness.judging.judge import judge
 from moeproof.harness.verdict import Outcome
 from moeproof.optimized.plans import Plan
 from moeproof.optimized.quant import fused
@@ -57,7 +57,7 @@ def test_exact_probe(kind: str, scheme: str) -> None:
 
 
 def test_no_tokens() -> None:
-    from moeproof.harness.inputs import make_inputs
+    from moeproof.harness.cases.inputs import make_inputs
 
     for plan in (KINDS["strips"], KINDS["pointers"]):
         inputs = make_inputs(parse_case("T=0,H=128,I=128,E=4,K=2,scheme=fp8_block"))

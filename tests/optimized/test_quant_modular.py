@@ -10,10 +10,10 @@ import torch
 from plain_layer import DEVICE
 
 from moeproof.harness import interpreter, modes
-from moeproof.harness.case import parse_case
-from moeproof.harness.inputs import make_inputs
-from moeproof.harness.judge import judge
-from moeproof.harness.pairs import QUANT_ARGUMENTS, as_candidate
+from moeproof.harness.cases.case import parse_case
+from moeproof.harness.cases.inputs import make_inputs
+from moeproof.harness.judging.judge import judge
+from moeproof.harness.judging.pairs import QUANT_ARGUMENTS, as_candidate
 from moeproof.harness.verdict import Outcome
 from moeproof.optimized.quant import torch_scaled
 from moeproof.optimized.quant.candidates import quant_candidates

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from moeproof.harness.case import parse_case
-from moeproof.harness.judge import judge
+from moeproof.harness.cases.case import parse_case
+from moeproof.harness.judging.judge import judge
 from moeproof.harness.verdict import Outcome
 from moeproof.optimized import fused, plans, search
 from moeproof.optimized.candidates import CLAIMS
@@ -64,7 +64,7 @@ def test_strips(line: str) -> None:
 
 def _empty(line: str) -> None:
     """No token: nothing to judge, and nothing may be launched."""
-    from moeproof.harness.inputs import make_inputs
+    from moeproof.harness.cases.inputs import make_inputs
 
     for plan in (plans.STRIPS, plans.DECODE):
         assert fused.run_plan(make_inputs(parse_case(line)), plan)["out"].shape == (0, 40)

@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
-from moeproof.harness.case import parse_case
-from moeproof.harness.inputs import make_inputs
+from moeproof.harness.cases.case import parse_case
+from moeproof.harness.cases.inputs import make_inputs
 from moeproof.reference.contract import Claims, Inputs, Problem, expert_map, local_experts
 from moeproof.reference.contract.placement import PLACEMENTS
 from moeproof.reference.oracle import activate, chain, combine, gemm1, gemm2, input_rows

@@ -43,8 +43,21 @@ def test_the_bound_of_an_fp8_claim_holds_for_its_tensor_core(claim: str, columns
     exact, error = product(Operand(x, E4M3), Operand(w, E4M3), BF16, Claims(accumulate=claim))
 
     assert bool(((got - exact).abs() <= error).all())
-    # A bound 100 times too loose is a defect. Unpromoted sums of mixed signs stay that far below the worst order of summation.
-    assert float(((got - exact).abs() / error).max()) > 0.01 or (claim == "fp8_unpromoted" and not same_sign)
+    # Of random signs the worst of 128 sums is 3 standard deviations off where 7 are allowed.
+    assert float(((got - exact).abs() / error).max()) > (0.2 if same_sign else 0.06)
+
+
+@pytest.mark.parametrize("columns", [128, 512])
+def test_promoted_sums_keep_their_bound_whatever_the_values_are_like(columns: int) -> None:
+    """Values of one size have partial sums far above their largest product; outliers set the quantum for all others."""
+    g = torch.Generator().manual_seed(7)
+    x, w = (torch.rand(rows, columns, generator=g).double() * 2 - 1 for rows in (64, 96))
+    for values in (x, torch.where(torch.rand(x.shape, generator=g) < 1 / 256, x * 32, x)):
+        a, b = round_values(values * 14, E4M3), round_values(w * 448, E4M3)
+        exact, error = product(Operand(a, E4M3), Operand(b, E4M3), BF16, Claims(accumulate="fp8_promoted"))
+        ratio = (truncating(a, b, 13, 32, 128) - exact).abs() / error
+
+        assert 0.1 < float(ratio.max()) <= 1
 
 
 def test_unpromoted_sums_break_the_bound_of_those_who_claim_promotion_or_float32() -> None:
@@ -77,13 +90,54 @@ def test_the_claim_applies_to_operands_that_an_fp8_core_takes() -> None:
 def test_decoding_through_the_dtype_is_a_claim_of_its_own() -> None:
     """(q - z) * s rounded to bf16 before the product: outside the default's bound, and exact operands under the claim."""
     q = torch.arange(-8, 8).double().repeat(4)[None]
-    w = Operand(q * float(torch.tensor(0.0173).bfloat16()), FORMATS["int4"], 2)
+    w = Operand(q * float(torch.tensor(0.0173).bfloat16()), FORMATS["int4"], 32)
     # One code only: the rounding errors of several would cancel.
-    x = Operand((q == 5).double(), BF16, 1, False)
+    x = Operand((q == 5).double(), BF16, quantised=False)
     rounded = x.values @ w.values.float().bfloat16().double().T
     for claims, inside in ((Claims(), False), (Claims(decode="dtype"), True)):
         exact, error = product(x, w, BF16, claims)
         assert bool((rounded - exact).abs() <= error) is inside
+
+
+def _scaled(rows: int, seed: int, exponents: list[int]) -> Operand:
+    """e4m3 codes in four groups of 32, each with a scale of one of these binades."""
+    g = torch.Generator().manual_seed(seed)
+    codes = round_values(torch.randn(rows, 128, generator=g).double() * 100, E4M3)
+    scales = power_of_two(torch.tensor(exponents)[torch.randint(len(exponents), (rows, 4), generator=g)])
+    return Operand(codes * scales.repeat_interleave(32, dim=1), E4M3, 32, True, codes, scales)
+
+
+ORDERS = {
+    "left": lambda p, a, b: (p * a) * b,
+    "right": lambda p, a, b: (p * b) * a,
+    "scales first": lambda p, a, b: p * (a * b),
+}
+
+
+@pytest.mark.parametrize("order", [*ORDERS, "decoded"])
+def test_every_order_of_scaling_keeps_its_bound_where_it_has_one(order: str) -> None:
+    """Scales near the ends of e8m0: float32 makes infinities and NaN of sums that float64 finds small, and only there."""
+    x, w = _scaled(16, 1, [118, 60, 40, 20, 0, -60]), _scaled(16, 2, [115, 20, 0, -20, -60, -115])
+    assert x.codes is not None and w.codes is not None and x.scales is not None and w.scales is not None
+    exact, error = product(x, w, BF16, Claims())
+    got = torch.zeros(16, 16)
+    for group in range(4):
+        columns = slice(32 * group, 32 * group + 32)
+        if order == "decoded":
+            got += x.values[:, columns].float() @ w.values[:, columns].float().T
+        else:
+            partial = (x.codes[:, columns] @ w.codes[:, columns].T).float()
+            got += ORDERS[order](partial, x.scales[:, group, None].float(), w.scales[None, :, group].float())
+
+    inside = error.isfinite()
+    assert bool(((got.double() - exact).abs() <= error)[inside].all())
+    assert bool(inside.any()) and bool((~inside).any()) and not bool(got[~inside].isfinite().all())
+
+
+def test_sums_far_inside_float32_always_have_a_bound() -> None:
+    x, w = _scaled(6, 3, [40, 20, -60, 0]), _scaled(7, 4, [40, -20, 60, 0])
+
+    assert bool(product(x, w, BF16, Claims())[1].isfinite().all())
 
 
 def test_claims_of_architectures_are_claims() -> None:

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from moeproof.harness.case import parse_case
-from moeproof.harness.rank_pairs import run_rank
+from moeproof.harness.cases.case import parse_case
+from moeproof.harness.cases.worlds import make_rank_inputs
 from moeproof.harness.ranks import RankContext, RankPool
 from moeproof.harness.ranks.call import installed
-from moeproof.harness.worlds import make_rank_inputs
+from moeproof.harness.ranks.pairs import run_rank
 from moeproof.reference.contract import Link
 from moeproof.reference.eager.ranks_link import GroupLink
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from moeproof.harness.case import Case, parse_case
-from moeproof.harness.inputs import make_inputs
-from moeproof.harness.rank_checks import WorldExpectation, judge_world
-from moeproof.harness.rank_pairs import run_rank, support
+from moeproof.harness.cases.case import Case, parse_case
+from moeproof.harness.cases.inputs import make_inputs
+from moeproof.harness.cases.worlds import make_world_inputs, whole_case
+from moeproof.harness.ranks.checks import WorldExpectation, judge_world
+from moeproof.harness.ranks.pairs import run_rank, support
 from moeproof.harness.registry import find_rank_pairs
-from moeproof.harness.worlds import make_world_inputs, whole_case
 from moeproof.reference.contract import FusedMoEModularKernel, Inputs, Link, RankPair
 from moeproof.reference.eager.ranks_link import on_threads
 
@@ -54,7 +54,8 @@ def line_for(name: str, ranks: int, *extras: str, sizes: str = SIZES) -> str:
 @cache
 def expectation(line: str, name: str) -> WorldExpectation:
     case = parse_case(line)
-    return WorldExpectation(case.world, make_inputs(whole_case(case)), INSTALLED[name].claims)
+    pair = INSTALLED[name]
+    return WorldExpectation(case.world, make_inputs(whole_case(case)), pair.claims, pair.quant1)
 
 
 def on_ranks(ranks: int, body: Callable[[Link], Any], timeout: float = 10.0) -> list[Any]:

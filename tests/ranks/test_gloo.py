@@ -10,10 +10,10 @@ import torch
 from gloo_ranks import GlooRanks, pair_on_cases
 from rank_kit import PAIRS, ROUTINGS, SHOWING, every_pair, every_ranks, expectation, findings, line_for, on_ranks
 
-from moeproof.harness.case import parse_case
-from moeproof.harness.rank_checks import check_conservation, check_same_bits, judge_world
-from moeproof.harness.rank_pairs import run_rank
-from moeproof.harness.worlds import make_world_inputs
+from moeproof.harness.cases.case import parse_case
+from moeproof.harness.cases.worlds import make_world_inputs
+from moeproof.harness.ranks.checks import check_conservation, check_same_bits, judge_world
+from moeproof.harness.ranks.pairs import run_rank
 from moeproof.reference.contract import Link
 
 
@@ -52,7 +52,7 @@ def test_other_problems_within_their_bounds(gloo: GlooRanks, name: str, extra: s
     assert not findings(expectation(line, name), shown)
 
 
-@pytest.mark.parametrize("name", [n for n in PAIRS if PAIRS[n].layout == "standard"])
+@every_pair
 @pytest.mark.parametrize("extra", ["tp=2,spread=uneven", "tp=2,sp=1,spread=uneven", "tp=4,sp=1", "tp=4,expert_bias=1"])
 def test_tensor_parallel_shards(gloo: GlooRanks, name: str, extra: str) -> None:
     line = line_for(name, 4, "values=normal,routing=minus1", extra)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from gloo_ranks import GlooRanks
 from rank_kit import line_for, on_ranks
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from moeproof.harness.case import parse_case
-from moeproof.harness.worlds import make_rank_inputs, make_world_inputs
-from moeproof.reference.contract import Link
+from moeproof.harness.cases.case import parse_case
+from moeproof.harness.cases.worlds import make_rank_inputs, make_world_inputs
+from moeproof.harness.ranks import wire
+from moeproof.reference.contract import SCHEMES, Link
 from moeproof.reference.contract.agreement import agree, withdraw
 from moeproof.reference.eager.ranks_all_gather import AllGatherReduceScatter
 from moeproof.reference.eager.ranks_all_to_all import AllToAll
 from moeproof.reference.eager.ranks_batched import BatchedAllToAll
 from moeproof.reference.eager.ranks_link import alone, on_threads, poisoned
-from moeproof.reference.eager.ranks_message import fields_of, pack, unpack
+from moeproof.reference.eager.ranks_message import Field, fields_of, pack, unpack
 
 Tensor = torch.Tensor
 FP8 = torch.float8_e4m3fn
@@ -55,6 +59,38 @@ def test_the_seal_breaks() -> None:
     assert sealed.tolist() == [False] * 5 + [True]
 
 
+def test_any_one_changed_byte_breaks_the_seal() -> None:
+    message = pack([torch.arange(40, dtype=torch.uint8)[None], torch.zeros(1, 3, dtype=torch.bfloat16)])
+    changed = message.repeat(message.size(1), 1)
+    changed[torch.arange(len(changed)), torch.arange(len(changed))] ^= 1
+    _, sealed = unpack(changed, [Field((40,), torch.uint8), Field((3,), torch.bfloat16)])
+
+    assert not bool(sealed.any())
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that any operation makes, in bytes."""
+
+    most = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            self.most = max(self.most, out.numel() * out.element_size())
+        return out
+
+
+def test_a_seal_takes_no_more_memory_than_its_rows() -> None:
+    columns = [torch.zeros(64, 7168, dtype=torch.bfloat16), torch.zeros(64, 8)]
+    rows = sum(c.numel() * c.element_size() for c in columns)
+    with Largest() as making:
+        message = pack(columns)
+    with Largest() as reading:
+        unpack(message, fields_of(columns))
+
+    assert making.most <= 1.01 * rows and reading.most <= 1.01 * rows
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64, FP8, torch.int32])
 def test_poison_is_nan_or_minus_one(dtype: torch.dtype) -> None:
     x = poisoned((2, 3), torch.empty(0, dtype=dtype))
@@ -63,14 +99,9 @@ def test_poison_is_nan_or_minus_one(dtype: torch.dtype) -> None:
     assert bool(x.float().isnan().all()) if dtype.is_floating_point else bool((x == -1).all())
 
 
-def fp8_rows(rows: Tensor, static: Tensor | None) -> tuple[Tensor, Tensor]:
-    """One scale a row, a power of two: exact for what the test sends."""
-    scales = torch.exp2(torch.floor(torch.log2(rows.float().abs().amax(dim=1, keepdim=True).clamp(min=2.0**-20))) - 7)
-    return (rows.float() / scales).to(FP8), scales
-
-
 def quantised(link: Link, kind: str) -> list[tuple[float, bool]]:
-    """Dispatch of fp8 rows: each arrived row times its own scale, and whether it is some token's row times that."""
+    """Dispatch of fp8 rows: each arrived row times its own scale, and whether it is some token's row, up to the scale's
+    rounding."""
     case = parse_case(line_for("eager-alltoall", 3, "routing=uniform,spread=uneven"))
     grid = case.world.grid
     every = [
@@ -79,9 +110,9 @@ def quantised(link: Link, kind: str) -> list[tuple[float, bool]]:
     ]
     inputs = make_rank_inputs(case, link.rank)
     made = {
-        "all-gather": lambda: AllGatherReduceScatter(link, grid, quantise=fp8_rows),
-        "all-to-all": lambda: AllToAll(link, grid, quantise=fp8_rows),
-        "batched": lambda: BatchedAllToAll(link, grid, 27, 9, quantise=fp8_rows),
+        "all-gather": lambda: AllGatherReduceScatter(link, grid, scheme=SCHEMES["fp8_token"]),
+        "all-to-all": lambda: AllToAll(link, grid, scheme=SCHEMES["fp8_token"]),
+        "batched": lambda: BatchedAllToAll(link, grid, 27, 9, scheme=SCHEMES["fp8_token"]),
     }[kind]()
     a1 = every[link.rank].to(torch.bfloat16)
     mapping, weights = inputs.expert_map, inputs.topk_weights
@@ -94,7 +125,7 @@ def quantised(link: Link, kind: str) -> list[tuple[float, bool]]:
     known = torch.cat(every)
     answers = []
     for row, scale in zip(rows.float(), scales, strict=True):
-        value = row * scale
+        value = (row * scale).to(torch.bfloat16).float()
         answers.append((float(value.abs().max()), bool((known == value).all(dim=1).any()) or not bool(value.any())))
     return answers
 
@@ -157,3 +188,13 @@ def test_a_world_of_one_needs_nobody() -> None:
     assert link.all_gather(torch.arange(3)).tolist() == [[0, 1, 2]]
     assert link.all_to_all(torch.arange(3), [3], [3])().tolist() == [0, 1, 2]
     assert link.reduce_scatter(torch.ones(1, 4)).tolist() == [1.0] * 4
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 4), (0, 4), ()])
+def test_every_dtype_travels_between_pool_and_ranks(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    sent = torch.arange(120, dtype=torch.uint8)[: torch.Size(shape).numel() * dtype.itemsize].view(dtype).view(shape)
+    got = wire.loads(wire.dumps({"rows": [sent]}))["rows"][0]
+
+    assert (got.dtype, got.shape) == (dtype, sent.shape)
+    assert torch.equal(got.reshape(-1).view(torch.uint8), sent.reshape(-1).view(torch.uint8))

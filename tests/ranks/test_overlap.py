@@ -10,10 +10,10 @@ import torch
 from gloo_ranks import GlooRanks
 from rank_kit import PAIRS, line_for, on_ranks
 
-from moeproof.harness.case import parse_case
-from moeproof.harness.rank_checks import check_same_bits
-from moeproof.harness.rank_pairs import run_rank
-from moeproof.harness.worlds import make_rank_inputs
+from moeproof.harness.cases.case import parse_case
+from moeproof.harness.cases.worlds import make_rank_inputs
+from moeproof.harness.ranks.checks import check_same_bits
+from moeproof.harness.ranks.pairs import run_rank
 from moeproof.reference.contract import ContractError, Inputs, Link
 from moeproof.reference.contract.overlap import Batch
 from moeproof.reference.eager.ranks_all_to_all import AllToAll

@@ -10,14 +10,14 @@ import torch
 from rank_kit import line_for
 from typer.testing import CliRunner
 
-from moeproof.harness.case import parse_case
+from moeproof.harness.cases.case import parse_case
+from moeproof.harness.cases.worlds import make_world_inputs
 from moeproof.harness.cli import app
-from moeproof.harness.rank_tags import check_delivery, tag
 from moeproof.harness.ranks.bench import Options, Sizes, measure
 from moeproof.harness.ranks.bench_calls import own_rows
 from moeproof.harness.ranks.bench_load import Load, busiest, full_size
+from moeproof.harness.ranks.tags import check_delivery, tag
 from moeproof.harness.registry import load_rank_pairs
-from moeproof.harness.worlds import make_world_inputs
 from moeproof.reference.contract import ContractError
 from moeproof.reference.ranks import received, sent_tokens
 

@@ -13,13 +13,13 @@ import pytest
 import torch
 from rank_kit import PAIRS, Shown, every_showing, expectation, line_for, on_ranks, simulate
 
-from moeproof.harness.case import parse_case
-from moeproof.harness.inputs import make_inputs
-from moeproof.harness.rank_checks import WorldExpectation, check_conservation, fitting_capacity, judge_world
-from moeproof.harness.rank_pairs import PREPARED, run_rank
-from moeproof.harness.rank_tags import check_identity, tagged
+from moeproof.harness.cases.case import parse_case
+from moeproof.harness.cases.inputs import make_inputs
+from moeproof.harness.cases.worlds import make_world_inputs, whole_case
+from moeproof.harness.ranks.checks import WorldExpectation, check_conservation, fitting_capacity, judge_world
+from moeproof.harness.ranks.pairs import PREPARED, run_rank
+from moeproof.harness.ranks.tags import check_identity, tagged
 from moeproof.harness.verdict import Finding
-from moeproof.harness.worlds import make_world_inputs, whole_case
 from moeproof.reference.contract import Claims, Inputs, Link, RankPair, World
 from moeproof.reference.eager import ranks_all_gather, ranks_common
 from moeproof.reference.eager.layer import run

@@ -12,9 +12,9 @@ import torch
 from gloo_ranks import GlooRanks
 from rank_kit import PAIRS, every_pair, line_for, on_ranks
 
-from moeproof.harness.case import parse_case
-from moeproof.harness.rank_pairs import run_rank
-from moeproof.harness.worlds import make_rank_inputs
+from moeproof.harness.cases.case import parse_case
+from moeproof.harness.cases.worlds import make_rank_inputs
+from moeproof.harness.ranks.pairs import run_rank
 from moeproof.reference.contract import ContractError, FusedMoEModularKernel, Inputs, Link, RankPair, World
 from moeproof.reference.eager.ranks_all_to_all import AllToAll
 from moeproof.reference.eager.ranks_exchange import check_splits

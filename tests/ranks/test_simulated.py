@@ -6,13 +6,13 @@ import pytest
 import torch
 from rank_kit import PAIRS, SHOWING, every_pair, every_showing, expectation, findings, line_for, simulate
 
-from moeproof.harness.case import Case, parse_case
-from moeproof.harness.inputs import digest, make_inputs
-from moeproof.harness.rank_checks import WorldExpectation, check_conservation, check_same_bits, permuted, without_dispatch
-from moeproof.harness.rank_pairs import support
-from moeproof.harness.rank_tags import check_identity, identify, tagged
-from moeproof.harness.world_sample import world_sample
-from moeproof.harness.worlds import make_world_inputs, whole_case
+from moeproof.harness.cases.case import Case, parse_case
+from moeproof.harness.cases.inputs import digest, make_inputs
+from moeproof.harness.cases.world_sample import world_sample
+from moeproof.harness.cases.worlds import make_world_inputs, whole_case
+from moeproof.harness.ranks.checks import WorldExpectation, check_conservation, check_same_bits, permuted, without_dispatch
+from moeproof.harness.ranks.pairs import support
+from moeproof.harness.ranks.tags import check_identity, identify, tagged
 from moeproof.reference.contract import Claims, Inputs, World
 from moeproof.reference.eager.layer import run as one_rank
 from moeproof.reference.oracle import activations, chain
@@ -114,7 +114,8 @@ def test_what_is_sent_is_what_arrives(ranks: int) -> None:
     for rank in range(ranks):
         here = arrived(world, inputs, rank, at[rank])
         assert torch.equal(torch.bincount(here.source, minlength=ranks), sent[:, rank])
-        rows, regions = batched(world, inputs, rank, at[rank])
+        there = batched(world, inputs, rank, at[rank])
+        rows, regions = there.rows, there.pairs
         assert [len(region) for region in regions] == here.counts.tolist()
         assert int(here.counts.sum()) == len(at[rank]) == int((here.ids >= 0).sum())
         assert int(rows.isnan().all(dim=2).sum()) == rows.shape[0] * rows.shape[1] - len(at[rank])
@@ -224,4 +225,4 @@ def test_random_worlds(case: Case) -> None:
     for name, pair in PAIRS.items():
         if support(pair, case.world, "simulated") is None:
             (shown,) = simulate(pair, case)
-            assert not findings(WorldExpectation(case.world, whole, pair.claims), shown), name
+            assert not findings(WorldExpectation(case.world, whole, pair.claims, pair.quant1), shown), name

@@ -13,14 +13,14 @@ import pytest
 import torch
 from rank_kit import INSTALLED, ROUTINGS, expectation, line_for
 
-from moeproof.harness.case import Case, parse_case
-from moeproof.harness.inputs import make_inputs
-from moeproof.harness.rank_checks import WorldExpectation, judge_world
-from moeproof.harness.rank_pairs import run_rank, support
+from moeproof.harness.cases.case import Case, parse_case
+from moeproof.harness.cases.inputs import make_inputs
+from moeproof.harness.cases.worlds import whole_case
 from moeproof.harness.ranks import RankContext, RankPool
 from moeproof.harness.ranks.call import call, installed, settle
+from moeproof.harness.ranks.checks import WorldExpectation, judge_world
+from moeproof.harness.ranks.pairs import run_rank, support
 from moeproof.harness.ranks.transport import unavailable
-from moeproof.harness.worlds import whole_case
 from moeproof.reference.contract import Inputs
 from moeproof.reference.eager.ranks_link import GroupLink
 from moeproof.reference.ranks import rank_inputs
@@ -115,7 +115,7 @@ def test_soak_with_changing_routing(pool: RankPool, name: str) -> None:
         shown = [rank[i] for rank in run.results]
         if number not in firsts:
             case, whole = soak_inputs(pair.layout, number)
-            expect = WorldExpectation(case.world, whole, pair.claims)
+            expect = WorldExpectation(case.world, whole, pair.claims, pair.quant1)
             assert not [str(f) for r in judge_world(expect, shown).values() for f in r.findings], (i, SOAK[number])
             firsts[number] = [s["out"] for s in shown]
         assert all(torch.equal(s["out"], out) for s, out in zip(shown, firsts[number], strict=True)), (i, SOAK[number])

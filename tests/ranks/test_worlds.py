@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moeproof.harness.case import Case, parse_case
-from moeproof.harness.inputs import digest, make_inputs
-from moeproof.harness.judge import judge
+from moeproof.harness.cases.case import Case, parse_case
+from moeproof.harness.cases.inputs import digest, make_inputs
+from moeproof.harness.cases.spread import SPREADS, spread_tokens
+from moeproof.harness.cases.worlds import make_rank_inputs, make_world_inputs, seeds, whole_case
+from moeproof.harness.judging.judge import judge
 from moeproof.harness.registry import load_candidates
-from moeproof.harness.spread import SPREADS, spread_tokens
 from moeproof.harness.verdict import Outcome
-from moeproof.harness.worlds import make_rank_inputs, make_world_inputs, seeds, whole_case
 from moeproof.reference.contract import ContractError, Grid, Problem, World
 
 SIZES = "T=9,H=20,I=13,E=7,K=3"
@@ -120,6 +120,8 @@ def test_replicas_take_turns() -> None:
     assert [grid.replicas(e) for e in range(3)] == [[0, 3, 6], [1, 4], [2, 5]]
     assert grid.physical(ids, 0).tolist() == [[0, 1, -1], [3, 4, -1], [6, 1, -1]]
     assert grid.physical(ids, 1).tolist() == [[3, 4, -1], [6, 1, -1], [0, 4, -1]]
+    beyond = torch.tensor([[3, 9, -1]], dtype=torch.int32)
+    assert grid.physical(beyond, 0).tolist() == [[7, 13, -1]], "an id that no expert has does not become a replica's"
     assert all(grid.logical_of(e) == want for e, want in enumerate([0, 1, 2, 0, 1, 2, 0]))
 
 

@@ -1,0 +1,145 @@
+"""What ci/cuda_check.py asks of its worker processes: functions that answer with a row of facts."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "cuda"))
+
+import cuda_faults as faults
+import cuda_strides as strides
+
+from moeproof.harness import modes
+from moeproof.harness.cases.case import parse_case
+from moeproof.harness.cases.inputs import make_inputs
+from moeproof.harness.judging.judge import judge
+from moeproof.harness.judging.pairs import as_candidate
+from moeproof.harness.verdict import Outcome, Verdict
+from moeproof.optimized.cuda import stages, toolkit
+from moeproof.optimized.cuda.build import build_all
+from moeproof.optimized.cuda.candidates import candidate, candidates, quant_candidate
+from moeproof.optimized.slots import Slots
+from moeproof.reference.contract import Candidate
+
+Row = dict[str, object]
+TRITON = "all-triton"
+"""Both layers with no stage from CUDA: what completes the matrix of backends."""
+
+
+def everything() -> list[Candidate]:
+    """All candidates, the pairs among them too, and the layers from Triton's stages alone."""
+    return [*map(as_candidate, candidates()), candidate(TRITON, ()), quant_candidate(f"{TRITON}-quant", ())]
+
+
+def by_name(name: str) -> Candidate:
+    return next(c for c in everything() if c.name == name)
+
+
+def _facts(verdict: Verdict) -> Row:
+    """A verdict as a row; its words where it is no PASS."""
+    row: Row = {"candidate": verdict.candidate, "case": str(verdict.case), "outcome": str(verdict.outcome)}
+    row |= {"checked": verdict.checked, "seconds": round(verdict.seconds, 2)}
+    if verdict.outcome is Outcome.UNSUPPORTED:
+        return row | {"words": verdict.reason}
+    return row if verdict.outcome is Outcome.PASS else row | {"words": str(verdict)[:1500]}
+
+
+def verify(line: str) -> Row:
+    """Verdicts of every candidate that takes the case: one process does them all, so that the oracle works once."""
+    modes.choose("device")
+    case = parse_case(line)
+    return {"case": line, "verdicts": [_facts(judge(candidate, case, "cuda")) for candidate in everything()]}
+
+
+def index_width(stage: str) -> Row:
+    """Does a call on far-apart rows agree with that on small tensors?"""
+    return {"index_width": stage, "agrees": strides.checks("cuda")[stage]()}
+
+
+def routed(line: str) -> Row:
+    """Either router's ids through either sort: one alignment, bit for bit."""
+    modes.choose("device")
+    inputs = make_inputs(parse_case(line), "cuda")
+    p = inputs.problem
+    found = []
+    for first in (stages.TRITON, stages.CUDA):
+        ids = stages.routing(inputs, first)["topk_ids"]
+        for second in (stages.TRITON, stages.CUDA):
+            a = second.align(Slots(ids, p.routed_ids + p.router.fused_shared, p.routed_ids + p.router.fused_shared), 16)
+            found.append((ids, a.sorted_slots, a.block_expert, a.num_padded, a.counts))
+    same = all(torch.equal(x, y) for other in found[1:] for x, y in zip(found[0], other, strict=True))
+    return {"routed": line, "agrees": same}
+
+
+def history(name: str) -> Row:
+    """Graph replay with changed inputs, and a side stream: bits as in a plain call."""
+    modes.choose("device")
+    run = by_name(name).run
+    plain = by_name(name).supports(parse_case("T=64,H=512,I=256,E=32,K=4").problem) is None
+    scheme = "none" if plain else "fp8_token"
+    lines = (f"T=64,H=512,I=256,E=32,K=4,scheme={scheme},seed={seed}" for seed in (1, 2))
+    first, second = (make_inputs(parse_case(line), "cuda") for line in lines)
+    wanted = [{n: t.clone() for n, t in run(given).items()} for given in (first, second)]  # type: ignore[union-attr]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        aside = {n: t.clone() for n, t in run(first).items()}  # type: ignore[union-attr]
+    stream.synchronize()
+    held = first.map({n: t.clone() for n, t in first.tensors()})
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        shown = run(held)
+    replays = []
+    for given in (second, first):
+        for (_, to), (_, source) in zip(held.tensors(), given.tensors(), strict=True):
+            to.copy_(source)
+        graph.replay()
+        torch.cuda.synchronize()
+        replays.append({n: t.clone() for n, t in shown.items()})  # type: ignore[union-attr]
+    compared = [n for n in wanted[0] if n not in ("sorted_slots", "block_expert")]  # their unused tails hold anything
+
+    def equal(a: dict, b: dict) -> bool:  # type: ignore[type-arg]
+        return all(torch.equal(a[n].contiguous().view(torch.uint8), b[n].contiguous().view(torch.uint8)) for n in compared)
+
+    return {
+        "history": name,
+        "graph_replay": equal(replays[0], wanted[1]) and equal(replays[1], wanted[0]),
+        "side_stream": equal(aside, wanted[0]),
+    }
+
+
+@contextlib.contextmanager
+def planted(name: str) -> Iterator[faults.Fault]:
+    """While active, the CUDA sources hold this fault."""
+    fault = next(f for f in faults.FAULTS if f.name == name)
+    with tempfile.TemporaryDirectory() as folder, patch.object(toolkit, "SOURCES", faults.plant(fault, Path(folder))):
+        yield fault
+
+
+def compile_fault(name: str, arch: str) -> Row:
+    """Put the faulty libraries into the cache, where `hunt` finds them."""
+    with planted(name):
+        return {"libraries": len(build_all([arch]))}
+
+
+def hunt(name: str) -> Row:
+    """Plant a fault, run its case, and say whether it was caught. It may cost this process its CUDA context."""
+    modes.choose("device")
+    start = time.perf_counter()
+    with planted(name) as fault:
+        if fault.case == faults.WIDE:
+            caught, words = not strides.checks("cuda")[fault.stage](), "differs from the call on small strides"
+        else:
+            verdict = judge(by_name(fault.candidate), parse_case(fault.case), "cuda")
+            words = verdict.findings[0].message if verdict.findings else verdict.reason
+            caught = verdict.outcome in (Outcome.FAIL, Outcome.FLAKY) or "CUDA" in words
+    row: Row = {"fault": name, "stands_for": fault.stands_for, "caught": caught, "words": words}
+    return row | {"seconds": round(time.perf_counter() - start, 2)}

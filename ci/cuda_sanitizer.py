@@ -1,0 +1,125 @@
+"""The CUDA stages under compute-sanitizer: `python ci/cuda_sanitizer.py` runs what its tools watch, our own kernels only.
+
+For each tool there are planted faults that it must report: one that sees nothing has shown nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import torch
+from cuda_jobs import faults, planted
+
+from moeproof.harness import modes
+from moeproof.harness.cases.case import parse_case
+from moeproof.harness.cases.inputs import make_inputs
+from moeproof.optimized.align import Alignment
+from moeproof.optimized.cuda import dispatch, grouped_gemm, quant_stages, stages
+from moeproof.optimized.cuda.align import batch_rows
+from moeproof.optimized.quant.gemm import Rows
+from moeproof.optimized.slots import Slots
+from moeproof.reference.contract.inputs import Inputs
+
+Tensor = torch.Tensor
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+WATCHED = (*((tool, "") for tool in TOOLS), *((fault.tool, fault.name) for fault in faults.FAULTS if fault.tool))
+"""(tool, fault planted)."""
+CASES = (
+    "T=17,H=50,I=50,E=60,K=6,routing=minus1",
+    "T=9,H=160,I=96,E=5,K=2,scheme=fp8_block,routing=minus1",
+    "T=1100,H=16,I=8,E=60,K=8",
+    "T=17,H=56,I=48,E=60,K=6,dtype=fp32,act=swigluoai,router=sigmoid:bias:groups=4/2:top2:renorm=eps/1e-20:scale=2.5",
+    "T=9,H=50,I=50,E=5,K=2,scheme=fp8_token",
+    "T=9,H=64,I=48,E=7,K=3,ep=2,strided=1,router=softmax_topk:fused_shared=1",
+    "T=5,H=64,I=48,E=8,K=1,dtype=fp16,weight_on_input=1,router=softmax:bias:scale=6",
+    "T=9,H=1152,I=96,E=5,K=2,scheme=int8_token,routing=minus1",
+    "T=9,H=288,I=160,E=5,K=2,scheme=mxfp4_w4a4,act=swigluoai,strided=1",
+    "T=5,H=64,I=48,E=8,K=2,router=softmax:bias:zero_experts=4:scale=6",
+)
+
+
+def _move_only(a: Tensor, w: Tensor, out: Tensor, alignment: Alignment, slots_per_row: int, bias: Tensor | None = None) -> None:
+    """Around a product: rows are gathered and scattered. The product is another library's, and gives ones."""
+    grouped_gemm.gather(a, alignment, out.size(0), slots_per_row)
+    grouped_gemm.group_ends(alignment)
+    grouped_gemm.scatter(_ones(alignment.sorted_slots.numel(), out), out, alignment)
+
+
+def _ones(count: int, like: Tensor) -> Tensor:
+    """(count, columns of `like`), copied from the host: what a kernel that is not watched wrote would count as unwritten."""
+    return torch.ones(count, like.size(1), dtype=like.dtype).cuda()
+
+
+def _move_scaled(x: Rows, w: object, out: Tensor, alignment: Alignment, slots_per_row: int, dtype: object) -> None:
+    assert x.scale is not None
+    if x.scale.size(0) > 1 and x.scale.dtype == torch.float32:
+        grouped_gemm.gather(x.scale, alignment, out.size(0), slots_per_row)
+    _move_only(_ones(out.size(0), out), out, out, alignment, 1)
+
+
+PLAIN = replace(stages.CUDA, gemm1=_move_only, gemm2=_move_only)
+QUANT = replace(quant_stages.CUDA, gemm1=_move_scaled, gemm2=_move_scaled)
+
+
+def _once(inputs: Inputs) -> None:
+    slots = Slots(inputs.topk_ids, inputs.problem.weight_experts, inputs.w1.size(0), inputs.expert_map)
+    shown = stages.run(inputs, PLAIN) if inputs.problem.scheme == "none" else quant_stages.run(inputs, QUANT)
+    batch_rows(slots, 4)
+    dispatch.clear_dead(shown["y"].flatten(0, 1), slots)
+    torch.cuda.synchronize()
+
+
+def watched(fault: str, cases: int) -> None:
+    """The first `cases` of CASES, with a fault planted where one is named."""
+    modes.choose("device")
+    with planted(fault) if fault else contextlib.nullcontext():
+        for line in CASES[:cases]:
+            # Made on the host: how torch makes them is not what is watched.
+            made = make_inputs(parse_case(line), "cpu")
+            _once(made.map({name: tensor.cuda() for name, tensor in made.tensors()}))
+            print("ran", line, flush=True)
+
+
+def sanitize(tool: str, fault: str, cases: int, seconds: float) -> dict[str, object]:
+    """What a tool reports: errors (None where it came to no end), and its own words."""
+    command = ["compute-sanitizer", "--tool", tool, "--kernel-name", "kernel_substring=moeproof"]
+    command += ["--show-backtrace", "no", "--print-limit", "20"]
+    command += [sys.executable, __file__, "--fault", fault, "--cases", str(cases)]
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    start = time.perf_counter()
+    row: dict[str, object] = {"tool": tool, "fault": fault, "errors": None}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=max(seconds, 1.0))
+        text, ended = done.stdout + done.stderr, True
+    except subprocess.TimeoutExpired as error:
+        text = "".join(part.decode(errors="replace") for part in (error.stdout, error.stderr) if part)
+        ended = False
+    row |= {"ran": len(re.findall(r"^ran ", text, re.M)), "seconds": round(time.perf_counter() - start, 1)}
+    summary = [line for line in text.splitlines() if "SUMMARY" in line]
+    counts = [int(n) for line in summary[-1:] for n in re.findall(r"(\d+) (?:error|hazard)", line)]
+    if ended and counts:
+        row["errors"] = max(counts)
+    row["summary"] = summary[-1].strip("= ") if summary else text[-800:]
+    if row["errors"]:
+        row["first"] = [line for line in text.splitlines() if line.startswith("========")][1 : 6 if fault else 24]
+    return row
+
+
+def well(row: dict[str, object]) -> bool:
+    """Nothing reported on all cases of the healthy sources; something on faulty ones."""
+    return bool(row["errors"]) if row["fault"] else row["errors"] == 0
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--fault", default="", help="plant this one of tests/cuda/cuda_faults.py")
+    parser.add_argument("--cases", type=int, default=len(CASES))
+    options = parser.parse_args()
+    watched(options.fault, options.cases)

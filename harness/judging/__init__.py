@@ -1,0 +1,1 @@
+"""How a candidate is judged on a case: runs, expectations, checks, gates and words."""

@@ -1,0 +1,204 @@
+"""Campaigns over the quantised candidates: which case each seed stands for, and what a (scheme, layout) row counts.
+
+A row adds up: pieces of seeds in any order, from one run or from several, each seed judged once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+
+from moeproof.harness.cases.case import Case
+from moeproof.harness.cases.generator import Stream
+from moeproof.harness.judging.judge import judge
+from moeproof.harness.verdict import Outcome, Verdict
+from moeproof.reference.contract import SCHEMES, Activation, Candidate, Problem
+
+T = TypeVar("T")
+PRIMARY = {
+    "standard": ("triton-fp8", "triton-fp8-modular", "triton-quant", "triton-quant-modular"),
+    "batched": ("triton-fp8-batched", "triton-quant-batched"),
+}
+"""One of those that support a case judges it; they take turns."""
+BESIDE = ("torch-scaled-grouped",)
+"""Judged as well where they support the case."""
+CANDIDATES = (*PRIMARY["standard"], *PRIMARY["batched"], *BESIDE)
+PROBE = 4
+"""Every so manyth case is the exact probe."""
+ACTIVATIONS = ("silu", "silu", "silu", "swigluoai", "relu2_no_mul")
+VALUES = ("groups", "groups", "edges", "ties", "hetero", "normal")
+ATTEMPTS = 4
+"""Draws of a seed, until one is not VACUOUS: groups of columns that differ by 9 binades may leave a last tile too little."""
+KEPT = 8
+"""Failures of a row that are written out; all are counted."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a mode draws from. (H, I) are rounded up to what the scheme's groups allow."""
+
+    widths: tuple[tuple[int, int], ...]
+    tokens: tuple[int, ...]
+    experts: tuple[int, ...]
+    share: int
+    """Seeds in a row that share sizes, dtype, activation, storage and strides: what a kernel is compiled for."""
+
+
+# Both have rows of several scale blocks and a short last one, several column tiles, and row tiles that end anywhere. In the
+# interpreter a program costs milliseconds, so cases are small; on a GPU a kernel costs seconds to compile, so they share it.
+SIZES = {
+    "interpret": Sizes(((168, 40), (40, 168), (200, 72), (72, 264)), (1, 2, 3, 5, 7, 9, 17), (3, 4), 4),
+    "device": Sizes(((128, 168), (200, 64), (384, 256), (168, 40), (296, 392)), (1, 3, 7, 17, 33, 64, 130, 257), (3, 4, 7), 50),
+}
+
+
+def _pick(s: Stream, options: Sequence[T]) -> T:
+    return options[int(s.integers(0, len(options), 1))]
+
+
+def _unit(scheme: str) -> int:
+    """Columns that H and I must be multiples of."""
+    row = SCHEMES[scheme]
+    return max([8, *(q.group[1] for q in (row.a1, row.a2, row.w) if q is not None and not q.ragged)])
+
+
+def draw(scheme: str, layout: str, seed: int, mode: str, attempt: int = 0) -> Case:
+    """The case of this seed; each attempt is another one of the same shapes."""
+    sizes, unit, probe = SIZES[mode], _unit(scheme), seed % PROBE == PROBE - 1
+    s = Stream(seed // sizes.share, f"quant campaign shapes {scheme} {layout}")
+    H, I = (-(-size // unit) * unit for size in _pick(s, sizes.widths))  # noqa: E741  (the project's letter)
+    tokens, experts, slots = _pick(s, sizes.tokens), _pick(s, sizes.experts), _pick(s, (1, 2, 3))
+    dtype, act = _pick(s, ("bf16", "bf16", "fp16", "fp32")), _pick(s, ACTIVATIONS)
+    weighted, bias, kn, strided = (int(s.integers(0, one_of, 1)) == 0 for one_of in (4, 4, 4, 8))
+    s = Stream(seed, f"quant campaign {scheme} {layout} {attempt}")
+    routing, values = _pick(s, ("uniform", "hot", "minus1", "dup", "zipf")), _pick(s, VALUES)
+    problem = Problem(
+        T=tokens,
+        H=H,
+        I=I,
+        E=experts,
+        K=slots,
+        dtype="bf16" if probe and dtype == "fp16" else dtype,
+        scheme=scheme,
+        act=Activation.parse("silu" if probe else act),
+        expert_bias=bias,
+        weight_on_input=weighted and slots == 1 and not probe,
+        layout=layout,
+        storage="KN" if kn else "NK",
+    )
+    return Case(problem, values="pin" if probe else values, routing=routing, strided=strided, seed=seed)
+
+
+def judges(case: Case, candidates: dict[str, Candidate], turn: int) -> list[Candidate]:
+    """Who judges this case: one of the layout's candidates, by turns, and those beside."""
+    able = [c for name in PRIMARY[case.problem.layout] if (c := candidates[name]).supports(case.problem) is None]
+    beside = [c for name in BESIDE if (c := candidates[name]).supports(case.problem) is None]
+    return [*(able[turn % len(able)] for _ in able[:1]), *beside]
+
+
+@dataclass
+class Row:
+    """What is known of one scheme in one layout."""
+
+    scheme: str
+    layout: str
+    done: list[list[int]] = field(default_factory=list)
+    """Ranges [first, end) of seeds that were judged, in order, apart from each other."""
+    verdicts: int = 0
+    probes: int = 0
+    redrawn: int = 0
+    """Draws given up because a verdict would have been VACUOUS."""
+    outcomes: dict[str, int] = field(default_factory=dict)
+    candidates: dict[str, int] = field(default_factory=dict)
+    checked: int = 0
+    """Facts: one shape and one dtype for each tensor, and every element."""
+    worst: dict[str, float] = field(default_factory=dict)
+    """Largest observed/allowed by tensor."""
+    seconds: float = 0.0
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def cases(self) -> int:
+        return sum(end - first for first, end in self.done)
+
+    def missing(self, count: int) -> list[int]:
+        """Seeds below `count` that were not judged."""
+        judged = {seed for first, end in self.done for seed in range(first, end)}
+        return [seed for seed in range(count) if seed not in judged]
+
+    def count(self, verdict: Verdict) -> None:
+        self.verdicts += 1
+        self.probes += verdict.case.values == "pin"
+        self.checked += verdict.checked
+        for counts, key in ((self.outcomes, verdict.outcome.value), (self.candidates, verdict.candidate)):
+            counts[key] = counts.get(key, 0) + 1
+        for name, ratio in verdict.worst.items():
+            self.worst[name] = max(self.worst.get(name, 0.0), round(ratio, 4))
+        if verdict.outcome is not Outcome.PASS and len(self.failures) < KEPT:
+            what = str(verdict.findings[0]) if verdict.findings else verdict.reason
+            replay = f'moeproof replay "{verdict.case}" --candidate {verdict.candidate}'
+            self.failures.append(f"{verdict.outcome.value}: {replay}: {what}")
+
+    def add(self, other: Row) -> None:
+        """Another piece of the same row."""
+        assert (self.scheme, self.layout) == (other.scheme, other.layout)
+        spans = sorted(self.done + other.done)
+        self.done = spans[:1]
+        for first, end in spans[1:]:
+            if first == self.done[-1][1]:
+                self.done[-1] = [self.done[-1][0], end]
+            else:
+                self.done.append([first, end])
+        for name in ("verdicts", "probes", "redrawn", "checked"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name in ("outcomes", "candidates"):
+            setattr(self, name, dict(Counter(getattr(self, name)) + Counter(getattr(other, name))))
+        for name, ratio in other.worst.items():
+            self.worst[name] = max(self.worst.get(name, 0.0), ratio)
+        self.seconds = round(self.seconds + other.seconds, 2)
+        self.failures = (self.failures + other.failures)[:KEPT]
+
+    def record(self) -> dict[str, Any]:
+        """For a results file; `Row(**record)` without `cases` is the row again."""
+        known = {"scheme": self.scheme, "layout": self.layout, "cases": self.cases}
+        return known | {name: value for name, value in vars(self).items() if name not in known}
+
+
+def judge_piece(
+    scheme: str, layout: str, seeds: Sequence[int], mode: str, until: float, candidates: dict[str, Candidate]
+) -> Row:
+    """The row of these seeds alone. None is begun after `until`, by time.time(), nor once the device is lost."""
+    row, start = Row(scheme, layout), time.perf_counter()
+    for seed in seeds:
+        if time.time() > until or (mode == "device" and lost()):
+            break
+        for verdict in _judge(row, seed, mode, candidates):
+            row.count(verdict)
+        row.add(Row(scheme, layout, [[seed, seed + 1]]))
+    row.seconds = round(time.perf_counter() - start, 2)
+    return row
+
+
+def _judge(row: Row, seed: int, mode: str, candidates: dict[str, Candidate]) -> list[Verdict]:
+    """The verdicts on the first draw of this seed that is not VACUOUS."""
+    for attempt in range(ATTEMPTS):
+        case = draw(row.scheme, row.layout, seed, mode, attempt)
+        verdicts = [judge(candidate, case) for candidate in judges(case, candidates, seed)]
+        if not any(v.outcome is Outcome.VACUOUS for v in verdicts):
+            break
+        row.redrawn += 1
+    return verdicts
+
+
+def lost() -> bool:
+    """Whether a fault has left this process without its GPU: every later call would fail."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False

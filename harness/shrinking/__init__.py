@@ -1,0 +1,1 @@
+"""The simplest case that still fails."""

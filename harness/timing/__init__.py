@@ -1,0 +1,1 @@
+"""How fast: timing and tuning of candidates."""
