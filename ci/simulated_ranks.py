@@ -27,7 +27,7 @@ from moeproof.harness.ranks.checks import WorldExpectation, judge_world
 from moeproof.harness.ranks.pairs import run_rank, support
 from moeproof.harness.registry import find_rank_pairs
 from moeproof.harness.reports import results
-from moeproof.reference.contract import RankPair
+from moeproof.reference.contract import ContractError, RankPair
 from moeproof.reference.eager.ranks_link import on_threads
 
 TIMEOUT = 120.0
@@ -40,6 +40,8 @@ def judge(pair: RankPair, case: Case) -> tuple[str, int, float, str]:
         return "unsupported", 0, 0.0, reason
     inputs = make_world_inputs(case)
     shown = on_threads(case.ranks, lambda link: run_rank(pair, [inputs[link.rank]], case.world, link), TIMEOUT)
+    if case.routing == "beyond" and any(isinstance(r, ContractError) for r in shown):
+        return "unsupported", 0, 0.0, "refuses ids >= E, as it may"
     errors = [f"{type(r).__name__}: {r}" for r in shown if isinstance(r, Exception)]
     if errors:
         return "error", 0, 0.0, errors[0]
@@ -50,6 +52,24 @@ def judge(pair: RankPair, case: Case) -> tuple[str, int, float, str]:
     return ("fail", checked, ratio, findings[0]) if findings else ("pass", checked, ratio, "")
 
 
+def traits(case: Case) -> list[str]:
+    """What is unusual about a world."""
+    grid, p = case.world.grid, case.problem
+    found = {
+        "experts not divisible by groups": grid.experts % grid.ep > 0,
+        "round robin": p.placement == "round_robin",
+        "linear": p.placement == "linear",
+        "redundant experts": case.redundant > 0,
+        "tensor-parallel": case.tp > 1 and not case.sp,
+        "sequence-parallel": case.tp > 1 and bool(case.sp),
+        "data x expert x tensor parallel": case.tp > 1 and grid.ep > 1,
+        "batched": p.layout == "batched",
+        "quantised": p.quant.quantised,
+        "a rank without tokens": 0 in case.world.tokens,
+    }
+    return [name for name, holds in found.items() if holds]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=300)
@@ -57,8 +77,8 @@ def main() -> int:
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    pairs = [pair for pair in find_rank_pairs() if pair.backend == "torch"]
-    outcomes, reasons, ranks = Counter[str](), Counter[str](), Counter[int]()
+    pairs = [pair for pair in find_rank_pairs() if pair.backend == "torch" and "simulated" in pair.transports]
+    outcomes, reasons, ranks, covered = Counter[str](), Counter[str](), Counter[int](), Counter[str]()
     checked, worst, start = 0, 0.0, time.perf_counter()
     for case in world_sample(options.count, options.start):
         for pair in pairs:
@@ -69,6 +89,8 @@ def main() -> int:
                 reasons[reason.split(":")[0].split(",")[0]] += 1
             else:
                 ranks[case.ranks] += 1
+                covered.update(traits(case))
+                covered.update(f"{trait}, 64 ranks" for trait in traits(case) if case.ranks == 64)
             if outcome in ("fail", "error"):
                 print(f"{outcome} {pair.name} on {case}: {reason}", flush=True)
     record = results.origin("cpu", options.output) | {
@@ -78,6 +100,7 @@ def main() -> int:
         "facts_checked": checked,
         "worst_ratio": round(worst, 4),
         "judged_by_ranks": {str(n): ranks[n] for n in sorted(ranks)},
+        "judged_with": dict(covered.most_common()),
         "unsupported_because": dict(reasons.most_common()),
         "seconds": round(time.perf_counter() - start, 1),
         "threads_per_rank": 1,

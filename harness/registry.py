@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from moeproof.harness.judging.pairs import as_candidate
+from moeproof.harness.ranks.crossed import JOIN, crossed
 from moeproof.reference.contract.candidate import Candidate, Pair, RankPair
-from moeproof.reference.contract.errors import ContractError, check
+from moeproof.reference.contract.errors import ContractError, check, known
 
 GROUP = "moeproof.candidates"
 """Entry points of this group are a Candidate, a Pair, a RankPair, an iterable of them, or a function that returns one."""
@@ -59,11 +60,26 @@ def load_candidates(names: Iterable[str]) -> list[Candidate]:
 
 
 def load_rank_pairs(names: Iterable[str]) -> list[RankPair]:
-    """Candidates for several ranks, by name or by path, as load_candidates."""
+    """Candidates for several ranks, by name or by path, as load_candidates; or `PAIR+EXPERTS`, two installed ones."""
     names = list(names)
     # Every rank loads its candidates anew: paths alone need not import what is installed.
-    installed = {} if all(":" in name for name in names) else {p.name: p for p in find_rank_pairs()}
-    return [_named(name, installed) or _as_rank_pair(name, _from_path(name)) for name in names]
+    things = [] if all(":" in name for name in names) else _installed()
+    installed = {t.name: t for t in things if isinstance(t, RankPair)}
+    experts = {t.name: t for t in things if isinstance(t, Pair)}
+    return [
+        _crossed(name, installed, experts) or _named(name, installed) or _as_rank_pair(name, _from_path(name)) for name in names
+    ]
+
+
+def _crossed(name: str, installed: dict[str, RankPair], experts: dict[str, Pair]) -> RankPair | None:
+    """`PAIR+EXPERTS`; None where the name is no such thing."""
+    first, join, second = name.partition(JOIN)
+    if not join or ":" in name or name in installed:
+        return None
+    pair = _named(first, installed)
+    assert pair is not None, "a name without a colon is installed, or was refused"
+    known("experts", second, experts)
+    return crossed(pair, experts[second])
 
 
 def _as_rank_pair(spec: str, thing: object) -> RankPair:

@@ -1,4 +1,4 @@
-"""Random cases on several ranks: those of harness.sample, spread over ranks, shards and replicas."""
+"""Random cases on several ranks: those of sample and of quant_sample, spread over ranks, shards and replicas."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from moeproof.harness.cases.case import Case
 from moeproof.harness.cases.generator import Stream
+from moeproof.harness.cases.quant_sample import draw_quantised
 from moeproof.harness.cases.sample import draw
 from moeproof.harness.cases.spread import SPREADS
 from moeproof.reference.contract.errors import ContractError
@@ -17,12 +18,16 @@ REPLICAS = (0, 0, 0, 1, 3, 7)
 
 
 def draw_world(seed: int, ranks: int = 0) -> Case:
-    """The random world of this seed; `ranks` fixes their number. What excludes each other is drawn again."""
+    """The random world of this seed; `ranks` fixes their number. What excludes each other is drawn again.
+
+    Odd seeds are of quantised schemes.
+    """
     s = Stream(seed, "world sample")
     offset = 0
     while True:
         # A seed whose problem has too few experts for its ranks goes on to the problem of another seed.
-        base = draw(seed + (offset << 32)).with_problem(ep=1, ep_rank=0)
+        one = draw_quantised if seed % 2 else draw
+        base = one(seed + (offset << 32)).with_problem(ep=1, ep_rank=0)
         offset += 1
 
         def pick(options: tuple[int, ...], s: Stream = s) -> int:

@@ -39,12 +39,13 @@ def judge_experts(rank: int, view: RankExpectation, shown: Shown, matched: Match
     rows = at_rows(shown["rows"], places)
     here = alone(view.inputs, pairs, rows if view.operand is None else rows.new_zeros(len(pairs), 0))
     need, dtypes = shapes(here.problem, here), quant_expect.code_dtypes(here)
-    own: dict[str, Tensor] = {}
+    a2, own = here.problem.quant.a2, dict[str, Tensor]()
+    one_for_all = a2 is not None and not a2.by_token
     for name in KEPT:
         if name not in shown:
             continue
         flat = gathered(shown[name], matched, pairs)
-        got = shown[name] if need.get(name) == (1, 1, 1) or flat is None else flat[:, None]
+        got = shown[name] if (name == "hs" and one_for_all) or flat is None else flat[:, None]
         dtype = dtypes.get(name, got.dtype)
         if (tuple(got.shape), got.dtype) != (need.get(name), dtype):
             words = f"is {tuple(shown[name].shape)} {got.dtype}, must give {need.get(name)} {dtype} of the received pairs"

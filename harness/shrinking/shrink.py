@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from moeproof.harness import modes
 from moeproof.harness.cases.case import Case
 from moeproof.harness.judging.judge import judge, judge_lean
+from moeproof.harness.registry import load_rank_pairs
 from moeproof.harness.shrinking.child import Child
+from moeproof.harness.shrinking.on_ranks import RankAttempts
 from moeproof.harness.shrinking.reductions import reductions
 from moeproof.harness.verdict import Outcome, Verdict
+from moeproof.reference.contract.candidate import RankPair
 from moeproof.reference.contract.errors import ContractError, check
 
 MAX_RUNS, MAX_SECONDS, DEADLINE = 400, 60.0, 20.0
@@ -63,7 +66,8 @@ class Shrunk:
     @property
     def replay(self) -> str:
         """The line that repeats the small failure."""
-        return f'moeproof replay "{self.case}" --candidate {self.candidate}'
+        transport = f" --transport {self.verdict.transport}" if self.verdict.transport else ""
+        return f'moeproof replay "{self.case}" --candidate {self.candidate}{transport}'
 
     def as_dict(self) -> dict[str, object]:
         """For JSON."""
@@ -89,7 +93,11 @@ def blame(verdict: Verdict) -> str:
 
 
 def _kind(words: str) -> str:
-    """A message without its numbers and without what follows a number: sizes change when a case shrinks."""
+    """A message without its numbers and without what follows a number: sizes change when a case shrinks.
+
+    Of what ranks say only the first line counts, without the collective that it names: they are fewer in a smaller case.
+    """
+    words = re.sub(r", (?:inside|after) collective .*? at \S+:\d+", "", words.split("\n")[0])
     return re.sub(r"[-+]?\d[\w.]*", "#", words)
 
 
@@ -100,14 +108,24 @@ def shrink(
     max_runs: int = MAX_RUNS,
     max_seconds: float = MAX_SECONDS,
     on_step: Callable[[Step], None] = lambda step: None,
+    transport: str = "gloo",
 ) -> Shrunk:
     """Shrink a failing case of a candidate. A candidate given by name runs in child processes, so it may crash or hang;
-    an object (Candidate, Pair, callable) runs in this process.
+    an object (Candidate, Pair, callable) runs in this process. A case on several ranks runs on ranks over `transport`.
 
     Raises ContractError where the candidate does not fail on the case: there is nothing to shrink.
     """
+    if case.ranks > 1:
+        pair = load_rank_pairs([thing])[0] if isinstance(thing, str) else thing
+        check(isinstance(pair, RankPair), f"the case has ranks={case.ranks}: it needs a RankPair, not a {type(pair).__name__}")
+        ranks = RankAttempts(thing, pair, transport)  # type: ignore[arg-type]
+        name = thing if isinstance(thing, str) else ""
+        try:
+            return search(name, ranks, case, max_runs, max_seconds, on_step, ranks.fresh)
+        finally:
+            ranks.close()
     if not isinstance(thing, str):
-        return _search("", lambda c, lean: _here(thing, c, device, lean), case, max_runs, max_seconds, on_step, lambda: None)
+        return search("", lambda c, lean: _here(thing, c, device, lean), case, max_runs, max_seconds, on_step)
     child = Child(thing, "device" if modes.default_device() == "cuda" else "interpret", DEADLINE)
 
     def fresh() -> None:
@@ -116,7 +134,7 @@ def shrink(
         child.deadline = DEADLINE
 
     try:
-        return _search(thing, lambda c, lean: _there(child, c, lean), case, max_runs, max_seconds, on_step, fresh)
+        return search(thing, lambda c, lean: _there(child, c, lean), case, max_runs, max_seconds, on_step, fresh)
     finally:
         child.close()
 
@@ -132,15 +150,17 @@ def _there(child: Child, case: Case, lean: bool) -> Verdict:
     return verdict
 
 
-def _search(
+def search(
     name: str,
     attempt: Attempt,
     case: Case,
-    max_runs: int,
-    max_seconds: float,
-    on_step: Callable[[Step], None],
-    fresh: Callable[[], None],
+    max_runs: int = MAX_RUNS,
+    max_seconds: float = MAX_SECONDS,
+    on_step: Callable[[Step], None] = lambda step: None,
+    fresh: Callable[[], None] = lambda: None,
+    simpler_ones: Callable[[Case], Iterator[tuple[str, Case]]] = reductions,
 ) -> Shrunk:
+    """Shrink whatever `attempt` judges. `fresh` is called before a case is confirmed; `simpler_ones` says what is tried."""
     begin = time.perf_counter()
     verdict = attempt(case, False)
     check(verdict.outcome in BAD, f"nothing to shrink: the verdict is {verdict.outcome} on {case}")
@@ -156,7 +176,7 @@ def _search(
 
     while not complete and not spent():
         complete = True
-        for axis, simpler in reductions(small):
+        for axis, simpler in simpler_ones(small):
             if simpler in tried:
                 continue
             if spent():

@@ -18,7 +18,13 @@ from moeproof.reference.contract.checks import check_workspaces
 from moeproof.reference.contract.errors import check
 from moeproof.reference.contract.formats import Format, format_of
 from moeproof.reference.contract.modular import moe_problem_size
-from moeproof.reference.contract.quant_checks import check_activation, check_global, check_quantised, check_static_scale
+from moeproof.reference.contract.quant_checks import (
+    as_received,
+    check_activation,
+    check_global,
+    check_quantised,
+    check_static_scale,
+)
 from moeproof.reference.contract.schemes import ALL, Quantiser, QuantScheme
 
 Tensor = torch.Tensor
@@ -166,7 +172,8 @@ class _QuantExperts(_TritonExperts):
         for name, b, rows in (("b1", self.b1, N), ("b2", self.b2, K)):
             check(b is None or tuple(b.shape) == (e, rows), f"{name} must be {(e, rows)}")
         assert w1_scale is not None and w2_scale is not None
-        x = Rows(hidden_states, scheme.a1, a1q_scale, levels.a1)
+        a1 = None if scheme.a1 is None else as_received(scheme.a1, a1q_scale)
+        x = Rows(hidden_states, a1, a1q_scale, levels.a1)
         first = Weights(w1, scheme.w, w1_scale, w1_zp, levels.w1, self.b1)
         return x, first, replace(first, codes=w2, scale=w2_scale, zp=w2_zp, level=levels.w2, bias=self.b2)
 
