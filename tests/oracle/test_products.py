@@ -43,8 +43,8 @@ def test_the_bound_of_an_fp8_claim_holds_for_its_tensor_core(claim: str, columns
     exact, error = product(Operand(x, E4M3), Operand(w, E4M3), BF16, Claims(accumulate=claim))
 
     assert bool(((got - exact).abs() <= error).all())
-    # A bound 100 times too loose is a defect. Unpromoted sums of mixed signs stay that far below the worst order of summation.
-    assert float(((got - exact).abs() / error).max()) > 0.01 or (claim == "fp8_unpromoted" and not same_sign)
+    # Of random signs the worst of 128 sums is 3 standard deviations off where 7 are allowed.
+    assert float(((got - exact).abs() / error).max()) > (0.2 if same_sign else 0.06)
 
 
 @pytest.mark.parametrize("columns", [128, 512])
