@@ -7,7 +7,8 @@ from moeproof.optimized.experts import TritonBatchedExperts, TritonExperts
 from moeproof.optimized.plans import Plan
 from moeproof.optimized.prepare_finalize import TritonBatchedPrepareFinalize, TritonNoEPPrepareFinalize
 from moeproof.optimized.quant.candidates import quant_candidates
-from moeproof.reference.contract.candidate import Candidate, Claims, Pair, Tuning
+from moeproof.optimized.symm.candidates import rank_pairs
+from moeproof.reference.contract.candidate import Candidate, Claims, Pair, RankPair, Tuning
 from moeproof.reference.contract.inputs import Inputs
 from moeproof.reference.contract.problem import Problem
 
@@ -84,7 +85,7 @@ CLAIMS = Claims(ties="lowest", deterministic="run", total_router=True)
 """Not `batch`: the number of tokens chooses the tile, and with it the order of a product's sum."""
 
 
-def candidates() -> list[Candidate | Pair]:
+def candidates() -> list[Candidate | Pair | RankPair]:
     """All candidates of this package. Without a GPU the Triton ones need the interpreter."""
     return [
         Candidate(
@@ -131,4 +132,5 @@ def candidates() -> list[Candidate | Pair]:
             claims=Claims(),
         ),
         *quant_candidates(),
+        *rank_pairs(),
     ]

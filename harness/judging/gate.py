@@ -32,9 +32,12 @@ SAME = 2.0**-40
 
 
 def blind(trial: Trial) -> list[str]:
-    """Why a PASS of this trial would mean nothing, in words; empty where it means something."""
+    """Why a PASS of this trial would mean nothing, in words; empty where it means something.
+
+    Either a grossly wrong result would pass, or the inputs hide what the case is there to see (lint).
+    """
     shown = tuple((n, trial.shown[n].dtype) for n in JUDGED if n in trial.shown)
-    return blind_case(trial.case, trial.candidate.claims, shown, trial.device)
+    return blind_case(trial.case, trial.candidate.claims, shown, trial.home)
 
 
 def blind_case(case: Case, claims: Claims, shown: Sequence[tuple[str, torch.dtype]], device: str = "cpu") -> list[str]:
@@ -46,7 +49,7 @@ def blind_case(case: Case, claims: Claims, shown: Sequence[tuple[str, torch.dtyp
 def _blind(case: Case, device: str, claims: Claims, shown: tuple[tuple[str, torch.dtype], ...]) -> tuple[str, ...]:
     """Worked out once for all candidates that claim and show the same."""
     reasons = blind_spots(expectation_of(case, device, claims), shown)
-    return (*reasons, *lint(case, device)) if reasons else ()
+    return (*reasons, *lint(case, device, claims))
 
 
 def blind_spots(expect: Expectation, shown: Sequence[tuple[str, torch.dtype]]) -> list[str]:

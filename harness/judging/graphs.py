@@ -24,7 +24,7 @@ ROUTINGS = ("uniform", "none", "hot_first", "minus1")
 
 def replay_graph(trial: Trial) -> Ruling | None:
     """Capture once; each replay with other inputs must have the bits of a plain call on those inputs."""
-    static, _ = guard_inputs(trial.inputs, PATTERNS[0])
+    static, _ = guard_inputs(trial.inputs, PATTERNS[0], trial.device)
     side = torch.cuda.Stream(device=trial.device)
     graph = torch.cuda.CUDAGraph()
     try:

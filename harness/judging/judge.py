@@ -13,7 +13,7 @@ from moeproof.harness.judging.history import cannot_remember
 from moeproof.harness.judging.memory import PATTERNS
 from moeproof.harness.judging.pairs import as_candidate
 from moeproof.harness.judging.run import Run, run_once
-from moeproof.harness.judging.trial import Check, Ruling, Tally, Trial, failed, inputs_of
+from moeproof.harness.judging.trial import Check, Ruling, Tally, Trial, failed, home, inputs_of
 from moeproof.harness.verdict import Outcome, Verdict
 from moeproof.reference.contract.candidate import Candidate
 
@@ -68,10 +68,10 @@ def _rule(
     reason = modes.cannot_run(candidate.backend, device) or _one_rank(case) or candidate.supports(case.problem)
     if reason := reason or cannot_remember(case, device):
         return Ruling(Outcome.UNSUPPORTED, reason=reason)
-    inputs = inputs_of(case, device)
+    inputs = inputs_of(case, home(case, device))
     runs: list[Run] = []
     for pattern in patterns:
-        run = run_once(candidate, inputs, pattern)
+        run = run_once(candidate, inputs, pattern, device)
         if run.refused and case.routing == "beyond":
             # Refusing ids that no expert has is right; ignoring them is too, and then the values are judged.
             return Ruling(Outcome.UNSUPPORTED, reason=f"refuses ids >= E, as it may: {run.error}")

@@ -1,7 +1,8 @@
 """The input lint: whether a case can see the faults it is there to see (docs/tolerances.md, 7.1).
 
-A complaint is about the inputs alone, in words. The exact probes are free of most rules: there every bit is compared, so
-that no magnitude can hide an error.
+A complaint is about the inputs alone, in words, and makes a verdict VACUOUS that would be PASS. The exact probes are free of
+most rules: there every bit is compared, so that no magnitude can hide an error. What each recipe must see is recipes' own:
+tests/harness/test_recipes.py.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Iterable
 import torch
 
 from moeproof.harness.cases.case import Case
+from moeproof.harness.judging.expect import Expectation
 from moeproof.harness.judging.trial import expectation_of, inputs_of
 from moeproof.reference.contract.candidate import Claims
 from moeproof.reference.contract.inputs import Inputs
@@ -24,50 +26,66 @@ EXACT = ("int", "sat", "tagged", "wide", "sweep")
 RMS = (0.3, 3.0)
 """Of pre-activations, in units of half the activation's limit where it has one; a tenth of the lower end, of outputs."""
 SPREAD = {"normal": 1.0, "asym": 1.0, "cancel": 1.0, "clamp": 4.0, "tail": 2.5}
-"""Recipes whose pre-activations have one scale, and by what they may exceed RMS: the purpose of the last two."""
+"""Recipes whose pre-activations have one scale, and by what they may exceed RMS: the purpose of the last two. The others
+spread their magnitudes over many binades on purpose; there the gate says whether a bound still rejects what is wrong."""
 APART = 1.05
 """Ratio by which the rms of gate and up must differ, so that swapped halves show."""
 RATIO = 1.15
 """Least ratio of two routing weights of one token."""
-ENOUGH = 256
-"""Numbers below which a statistic says nothing."""
+ENOUGH = 1024
+"""Numbers below which a statistic says nothing: the rms of half as many is off by 3% by chance."""
 PAIRS = 16
 """Pairs of weights below which a share says nothing."""
+ALIKE = 4
+"""One pair of neighbouring weights in so many may be alike: powers of two repeat after six slots."""
+
+
+DISTINCT = {"groups": ("group", "row"), "hetero": ("row",), "edges": ("row",)}
+"""Recipes that give neighbouring scales other magnitudes, and along which axes."""
+DIFFER = 0.6
+"""Least share of neighbouring scales that differ. Powers of two for groups of 32 lie one step apart, and amax moves a quarter
+of them onto their neighbour; whether confusing them shows in a result is the gate's to say."""
+DEFAULT = Claims()
 
 
 @functools.lru_cache(maxsize=64)
-def lint(case: Case, device: str = "cpu") -> tuple[str, ...]:
-    """Complaints about a case; empty where its inputs are fit to be judged with."""
-    inputs = inputs_of(case, device)
-    live = live_slots(inputs)
+def lint(case: Case, device: str = "cpu", claims: Claims = DEFAULT) -> tuple[str, ...]:
+    """Complaints about a case; empty where its inputs are fit to be judged with. The claims only save a second oracle."""
+    return tuple(complaints(case, expectation_of(case, device, claims)))
+
+
+def complaints(case: Case, expect: Expectation) -> Iterable[str]:
+    """The same about these inputs."""
+    live = live_slots(expect.inputs)
     if not bool(live.any()):
-        return ()  # nothing is computed: exact zeros are asked for
-    complaints = [*_weights(case, inputs, live), *_experts(case, inputs)]
+        return  # nothing is computed: exact zeros are asked for
+    yield from _weights(case, expect.inputs, live)
+    yield from _experts(case, expect.inputs)
     if case.values not in EXACT:
-        complaints += _magnitudes(case, device, live)
-    return tuple(complaints)
+        yield from _magnitudes(case, expect, live)
+    if case.problem.quant.quantised:
+        yield from _scales(case, expect.inputs)
 
 
 def _rms(x: Tensor) -> float:
     return float((x.double() ** 2).mean().sqrt()) if x.numel() else 0.0
 
 
-def _magnitudes(case: Case, device: str, live: Tensor) -> Iterable[str]:
+def _magnitudes(case: Case, expect: Expectation, live: Tensor) -> Iterable[str]:
     """Pre-activations where activations differ, halves that can be told apart, outputs above every floor."""
     p = case.problem
-    expect = expectation_of(case, device, Claims())
     gate_up = expect.chained("gate_up").value[live]
-    if gate_up.numel() < ENOUGH:
+    # A bias of order one in every column is what sets the rms then, and what tells the halves apart.
+    if gate_up.numel() < ENOUGH or case.values not in SPREAD or p.expert_bias:
         return
-    if case.values in SPREAD:
-        low, high = (bound * (p.act.limit / 2 if p.act.limit else 1.0) for bound in RMS)
-        high *= SPREAD[case.values]
-        rms = _rms(gate_up)
-        if not p.expert_bias and not low <= rms <= high:
-            yield f"pre-activations have an rms of {rms:.3g}, outside [{low:.3g}, {high:.3g}]"
-        gate, up = (_rms(half) for half in split(gate_up, p.act)) if p.act.gated else (1.0, 2.0)
-        if max(gate, up) < APART * min(gate, up):
-            yield f"gate and up have the same rms ({gate:.3g} and {up:.3g}): swapped halves hardly show"
+    low, high = (bound * (p.act.limit / 2 if p.act.limit else 1.0) for bound in RMS)
+    high *= SPREAD[case.values]
+    rms = _rms(gate_up)
+    if not low <= rms <= high:
+        yield f"pre-activations have an rms of {rms:.3g}, outside [{low:.3g}, {high:.3g}]"
+    gate, up = (_rms(half) for half in split(gate_up, p.act)) if p.act.gated else (1.0, 2.0)
+    if max(gate, up) < APART * min(gate, up):
+        yield f"gate and up have the same rms ({gate:.3g} and {up:.3g}): swapped halves hardly show"
     y = expect.chained("y").value[live]
     if (rms := _rms(y)) < RMS[0] / 10:
         yield f"expert outputs have an rms of {rms:.3g}: an absolute floor could hide an error"
@@ -85,7 +103,7 @@ def _weights(case: Case, inputs: Inputs, live: Tensor) -> Iterable[str]:
     apart = torch.maximum(neighbours, 1 / neighbours)
     comparable = apart.isfinite()
     close = int((apart[comparable] < RATIO).sum())
-    if close * 10 > max(int(comparable.sum()), PAIRS):
+    if close * ALIKE > max(int(comparable.sum()), PAIRS):
         of = f"{close} of {int(comparable.sum())} neighbouring routing weights"
         yield f"{of} differ by less than {RATIO}: rolled ones hardly show"
 
@@ -103,6 +121,19 @@ def _experts(case: Case, inputs: Inputs) -> Iterable[str]:
         keys = torch.arange(1, w.shape[1] + 1, dtype=torch.float64, device=w.device).sin()
         if w.shape[0] > 1 and (w.double() @ keys).unique().numel() < w.shape[0]:
             yield f"two experts have the same {name}: confusing them is no fault"
+
+
+def _scales(case: Case, inputs: Inputs) -> Iterable[str]:
+    """Scales that are alike cannot be confused: most neighbours along groups and rows must differ."""
+    for name in ("w1_scale", "w2_scale"):
+        scale = getattr(inputs, name)
+        bits = scale.view(torch.uint8) if scale.element_size() == 1 else scale
+        for axis, dim in (("group", 2), ("row", 1)):
+            if bits.shape[dim] < 2 or axis not in DISTINCT.get(case.values, ()):
+                continue
+            differ = (bits.narrow(dim, 1, bits.shape[dim] - 1) != bits.narrow(dim, 0, bits.shape[dim] - 1)).double()
+            if differ.numel() >= PAIRS and float(differ.mean()) < DIFFER:
+                yield f"only {float(differ.mean()):.0%} of {name} differ from the next {axis}'s: confusing them hardly shows"
 
 
 def lint_all(cases: Iterable[Case]) -> list[str]:

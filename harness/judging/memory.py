@@ -96,12 +96,13 @@ def guarded(
     return Guarded(tensor, name, buffer, start, end, torch.cat([buffer[:start], buffer[end:]]))
 
 
-def guard_inputs(inputs: Inputs, pattern: str) -> tuple[Inputs, list[Guarded]]:
-    """A copy of all tensors, strides kept, holes of strided views poisoned, each between guard bands."""
+def guard_inputs(inputs: Inputs, pattern: str, device: str | None = None) -> tuple[Inputs, list[Guarded]]:
+    """A copy of all tensors, strides kept, holes of strided views poisoned, each between guard bands; on `device` if given."""
+    where = inputs.device if device is None else torch.device(device)
     copies: dict[str, Tensor] = {}
     guards: list[Guarded] = []
     for name, t in inputs.tensors():
-        guard = guarded(tuple(t.shape), t.stride(), t.dtype, t.device, pattern, name)
+        guard = guarded(tuple(t.shape), t.stride(), t.dtype, where, pattern, name)
         guard.tensor.copy_(t)
         copies[name] = guard.tensor
         guards.append(replace(guard, content=guard.buffer[guard.start : guard.end].clone()))

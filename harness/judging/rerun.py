@@ -52,12 +52,26 @@ def _without_last_slot(y: Tensor) -> Tensor:
     return y
 
 
+def _unharmed(x: Tensor) -> Tensor:
+    return x
+
+
+def neighbour_scales(inputs: Inputs, name: str) -> Inputs:
+    """Each scale of weight `name` where its neighbour's belongs: along groups, else rows, else experts."""
+    scale = getattr(inputs, f"{name}_scale")
+    dim = next((d for d in (2, 1, 0) if scale.shape[d] > 1), 0)
+    # float8 tensors have no roll.
+    rolled = scale.view(torch.uint8).roll(1, dim).view(scale.dtype) if scale.element_size() == 1 else scale.roll(1, dim)
+    return inputs.map({f"{name}_scale": rolled})
+
+
 @dataclass(frozen=True)
 class Fault:
-    """The stage that makes tensor `breaks` works on harmed input."""
+    """The stage that makes tensor `breaks` works on harmed input, or with the harmed scales of weight `scales`."""
 
     breaks: str
-    harm: Callable[[Tensor], Tensor]
+    harm: Callable[[Tensor], Tensor] = _unharmed
+    scales: str = ""
 
 
 def faults_of(p: Problem) -> dict[str, Fault]:
@@ -70,14 +84,19 @@ def faults_of(p: Problem) -> dict[str, Fault]:
     }
     if p.act.gated:
         faults[SWAPPED] = Fault("h", lambda gate_up: swapped(gate_up, p))
+    if p.quant.quantised:
+        faults["neighbour scales in GEMM1"] = Fault("gate_up", scales="w1")
+        faults["neighbour scales in GEMM2"] = Fault("y", scales="w2")
     return faults
 
 
 def rerun(name: str, fault: Fault, start: Tensor, inputs: Inputs, claims: Claims) -> Tensor:
     """float64 `name` before it is rounded, from `start`, the input of the broken stage (the hidden states for GEMM1)."""
     value = fault.harm(_entering(fault.breaks, start.double(), inputs))
-    for stage in JUDGED[JUDGED.index(fault.breaks) : JUDGED.index(name) + 1]:
-        value = run_stage(stage, value if stage == fault.breaks else _entering(stage, value, inputs), inputs, claims)
+    broken = neighbour_scales(inputs, fault.scales) if fault.scales else inputs
+    value = run_stage(fault.breaks, value, broken, claims)
+    for stage in JUDGED[JUDGED.index(fault.breaks) + 1 : JUDGED.index(name) + 1]:
+        value = run_stage(stage, _entering(stage, value, inputs), inputs, claims)
     return value
 
 

@@ -31,9 +31,12 @@ class Run:
     """The candidate refused its arguments with a ContractError, before doing anything."""
 
 
-def run_once(candidate: Candidate, inputs: Inputs, pattern: str) -> Run:
-    """Call the candidate on guarded copies of the inputs, with every fresh buffer holding `pattern`."""
-    given, guards = guard_inputs(inputs, pattern)
+def run_once(candidate: Candidate, inputs: Inputs, pattern: str, device: str | None = None) -> Run:
+    """Call the candidate on guarded copies of the inputs, with every fresh buffer holding `pattern`.
+
+    It runs on `device`, by default where the inputs are; what it shows comes back to where the inputs are.
+    """
+    given, guards = guard_inputs(inputs, pattern, device)
     dirty(given.device)
     # Guard bands catch overruns of buffers; torch's own fill of empty tensors would hide the pattern.
     poison = Poison(pattern)
@@ -49,7 +52,7 @@ def run_once(candidate: Candidate, inputs: Inputs, pattern: str) -> Run:
     findings += damage(given, shown if isinstance(shown, Mapping) else {}, guards, poison)
     if findings:
         return Run({}, tuple(findings))
-    return Run({name: t.clone() for name, t in shown.items()})
+    return Run({name: t.clone().to(inputs.device) for name, t in shown.items()})
 
 
 def _raised(error: Exception) -> Run:

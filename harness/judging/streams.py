@@ -22,13 +22,13 @@ def on_side_stream(trial: Trial) -> Ruling | None:
     device (an allocation, a copy to the host) merely costs the second.
     """
     side = torch.cuda.Stream(device=trial.device)
-    given, _ = guard_inputs(trial.inputs, PATTERNS[0])
+    given, _ = guard_inputs(trial.inputs, PATTERNS[0], trial.device)
     torch.cuda.synchronize()
     # Code and workspaces are made on the first call; that one waits for nothing.
     with torch.cuda.stream(side), Poison(PATTERNS[0]):
         trial.candidate.run(given)
     torch.cuda.synchronize()
-    given, _ = guard_inputs(trial.inputs, PATTERNS[0])
+    given, _ = guard_inputs(trial.inputs, PATTERNS[0], trial.device)
     torch.cuda.synchronize()
     torch.cuda._sleep(BUSY_CYCLES)
     with torch.cuda.stream(side):
@@ -40,7 +40,7 @@ def on_side_stream(trial: Trial) -> Ruling | None:
     side.synchronize()
     early = {name: t.clone() for name, t in host.items()}
     torch.cuda.synchronize()
-    run = Run({name: t.to(trial.device) for name, t in early.items()})
+    run = Run({name: t.to(trial.inputs.device) for name, t in early.items()})
     if trial.candidate.claims.deterministic == "none":
         return trial.right(run)
     changed = differences([trial.runs[0], run], trial.inputs)

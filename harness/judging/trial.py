@@ -22,6 +22,17 @@ from moeproof.reference.oracle.value import Value
 Tensor = torch.Tensor
 
 
+SMALL = 2**27
+"""Multiplications of a case whose oracle is quicker on one CPU thread than a GPU takes to launch its kernels."""
+
+
+def home(case: Case, device: str) -> str:
+    """Where the inputs and the oracle of a case live: the CPU for small cases, else the candidate's device."""
+    p = case.problem
+    work = (p.T * p.slots + len(p.local)) * (p.N + p.I) * p.hidden
+    return "cpu" if work <= SMALL and not case.huge else device
+
+
 @functools.lru_cache(maxsize=1)
 def inputs_of(case: Case, device: str) -> Inputs:
     """One set of inputs serves all candidates of a session."""
@@ -67,12 +78,16 @@ class Trial:
     tally: Tally = field(default_factory=Tally)
 
     @property
+    def home(self) -> str:
+        return home(self.case, self.device)
+
+    @property
     def inputs(self) -> Inputs:
-        return inputs_of(self.case, self.device)
+        return inputs_of(self.case, self.home)
 
     @property
     def expect(self) -> Expectation:
-        return expectation_of(self.case, self.device, self.candidate.claims)
+        return expectation_of(self.case, self.home, self.candidate.claims)
 
     @property
     def shown(self) -> Mapping[str, Tensor]:
@@ -94,7 +109,7 @@ class Trial:
 
     def again(self, inputs: Inputs, pattern: str) -> Run:
         """Another call of the candidate, on these inputs."""
-        return run_once(self.candidate, inputs, pattern)
+        return run_once(self.candidate, inputs, pattern, self.device)
 
     def right(self, run: Run) -> Ruling | None:
         """The ruling on the values of another run of the same inputs."""

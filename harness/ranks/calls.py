@@ -46,6 +46,7 @@ class Instance:
             if self._layer is None:
                 self._layer = RankLayer(self.pair, given, self.world, self.link)
             shown = self._layer(given)
+            self._layer.settle()
         if given.device.type == "cuda":
             torch.cuda.synchronize(given.device)
         found = damage(given, {"out": shown["out"]}, guards, self.poison)
@@ -86,6 +87,7 @@ def replay(pair: RankPair, plan: Sequence[Turn], link: Link, device: torch.devic
         load(static, turn_inputs(turn, link.rank, device))
         dirty(device)
         calls.append(Called(on_cpu(again(PATTERNS[number % len(PATTERNS)]))))
+        layer.settle()
     return calls
 
 

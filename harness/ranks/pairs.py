@@ -56,6 +56,10 @@ class RankLayer:
         out = forward(self.kernel, inputs, self.parts.topk_indices_dtype())
         return _passed(self.pair, self.parts, self.experts) | {"out": out}
 
+    def settle(self) -> None:
+        """Raises ContractError where the last call failed on the device; not within a graph capture."""
+        self.parts.settle()
+
 
 def run_rank(pair: RankPair, calls: Sequence[Inputs], world: World, link: Link) -> list[dict[str, Tensor]]:
     """This rank's forward calls in turn, on one instance of the pair. What each showed (SHOWN).
@@ -66,6 +70,7 @@ def run_rank(pair: RankPair, calls: Sequence[Inputs], world: World, link: Link) 
     shown = []
     for inputs in calls:
         tensors = layer(inputs)
+        layer.settle()
         shown.append(tensors | {"out": tensors["out"].clone()})
     return shown
 

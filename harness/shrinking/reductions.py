@@ -58,6 +58,7 @@ def reductions(case: Case) -> Iterator[tuple[str, Case]]:
 def _all(case: Case) -> Iterator[tuple[str, _Make]]:
     p = case.problem
     yield "ranks", _with(case, ep=1, ep_rank=0, placement="linear")
+    yield from _fewer_ranks(case)
     for size in SIZES:
         for value in smaller(getattr(p, size)):
             yield size, _sized(case, size, value)
@@ -72,6 +73,19 @@ def _all(case: Case) -> Iterator[tuple[str, _Make]]:
         yield field, _with(case, **{field: default})
     if case.seed:
         yield "seed", _recipe(case, "seed", 0)
+
+
+def _fewer_ranks(case: Case) -> Iterator[tuple[str, _Make]]:
+    """Fewer ranks, two at least; without shards, replicas and an uneven spread. On one rank it would be another question."""
+    if case.ranks == 1:
+        return
+    for ranks in smaller(case.ranks):
+        if ranks > 1:
+            yield "ranks", lambda n=ranks: replace(case, ranks=n, tp=1, sp=0)  # type: ignore[misc]
+            yield "ranks", _recipe(case, "ranks", ranks)
+    yield "tp", lambda: replace(case, tp=1, sp=0)
+    for field, simple in (("sp", 0), ("redundant", 0), ("spread", "even")):
+        yield field, _recipe(case, field, simple)
 
 
 def smaller(size: int) -> list[int]:

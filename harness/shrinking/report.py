@@ -7,16 +7,22 @@ import sys
 
 from moeproof.harness import workers
 from moeproof.harness.cases.case import parse_case
+from moeproof.harness.ranks import command
 from moeproof.harness.shrinking.shrink import Step, shrink
 from moeproof.reference.contract.errors import check
 
 
-def main(line: str, candidate: str, seconds: float, runs: int, json: bool) -> int:
+def main(line: str, candidate: str, seconds: float, runs: int, mode: str, transport: str, json: bool) -> int:
     """Exit code 1: the small case fails, as the large one did. Raises ContractError where nothing fails."""
     check(seconds > 0 and runs > 0, "the limits must be positive")
     case = parse_case(line)
-    (name,) = workers.resolve([candidate])
-    found = shrink(name, case, max_runs=runs, max_seconds=seconds, on_step=_print_step)
+    if case.ranks > 1:
+        transport = command.choose(transport, case.ranks)
+        command.settle(transport, mode)
+    else:
+        workers.settle(mode)
+        workers.resolve([candidate])
+    found = shrink(candidate, case, max_runs=runs, max_seconds=seconds, on_step=_print_step, transport=transport)
     print(str(found.verdict), file=sys.stderr)
     end = "" if found.complete else "; the limit ended it, more may be possible"
     print(f"{found.tokens} tokens after {found.runs} runs, {found.seconds:.1f} s{end}", file=sys.stderr)

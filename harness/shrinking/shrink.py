@@ -14,9 +14,12 @@ from dataclasses import dataclass
 from moeproof.harness import modes
 from moeproof.harness.cases.case import Case
 from moeproof.harness.judging.judge import judge, judge_lean
+from moeproof.harness.registry import load_rank_pairs
 from moeproof.harness.shrinking.child import Child
+from moeproof.harness.shrinking.on_ranks import RankAttempts
 from moeproof.harness.shrinking.reductions import reductions
 from moeproof.harness.verdict import Outcome, Verdict
+from moeproof.reference.contract.candidate import RankPair
 from moeproof.reference.contract.errors import ContractError, check
 
 MAX_RUNS, MAX_SECONDS, DEADLINE = 400, 60.0, 20.0
@@ -63,7 +66,8 @@ class Shrunk:
     @property
     def replay(self) -> str:
         """The line that repeats the small failure."""
-        return f'moeproof replay "{self.case}" --candidate {self.candidate}'
+        transport = f" --transport {self.verdict.transport}" if self.verdict.transport else ""
+        return f'moeproof replay "{self.case}" --candidate {self.candidate}{transport}'
 
     def as_dict(self) -> dict[str, object]:
         """For JSON."""
@@ -89,7 +93,11 @@ def blame(verdict: Verdict) -> str:
 
 
 def _kind(words: str) -> str:
-    """A message without its numbers and without what follows a number: sizes change when a case shrinks."""
+    """A message without its numbers and without what follows a number: sizes change when a case shrinks.
+
+    Of what ranks say only the first line counts, without the collective that it names: they are fewer in a smaller case.
+    """
+    words = re.sub(r", (?:inside|after) collective .*? at \S+:\d+", "", words.split("\n")[0])
     return re.sub(r"[-+]?\d[\w.]*", "#", words)
 
 
@@ -100,12 +108,22 @@ def shrink(
     max_runs: int = MAX_RUNS,
     max_seconds: float = MAX_SECONDS,
     on_step: Callable[[Step], None] = lambda step: None,
+    transport: str = "gloo",
 ) -> Shrunk:
     """Shrink a failing case of a candidate. A candidate given by name runs in child processes, so it may crash or hang;
-    an object (Candidate, Pair, callable) runs in this process.
+    an object (Candidate, Pair, callable) runs in this process. A case on several ranks runs on ranks over `transport`.
 
     Raises ContractError where the candidate does not fail on the case: there is nothing to shrink.
     """
+    if case.ranks > 1:
+        pair = load_rank_pairs([thing])[0] if isinstance(thing, str) else thing
+        check(isinstance(pair, RankPair), f"the case has ranks={case.ranks}: it needs a RankPair, not a {type(pair).__name__}")
+        ranks = RankAttempts(thing, pair, transport)  # type: ignore[arg-type]
+        name = thing if isinstance(thing, str) else ""
+        try:
+            return _search(name, ranks, case, max_runs, max_seconds, on_step, ranks.fresh)
+        finally:
+            ranks.close()
     if not isinstance(thing, str):
         return _search("", lambda c, lean: _here(thing, c, device, lean), case, max_runs, max_seconds, on_step, lambda: None)
     child = Child(thing, "device" if modes.default_device() == "cuda" else "interpret", DEADLINE)

@@ -10,11 +10,13 @@ from collections.abc import Callable
 
 import torch
 
-from moeproof.optimized.quant import layer, torch_scaled
+from moeproof.optimized import plans
+from moeproof.optimized.plans import Plan
+from moeproof.optimized.quant import fused, layer, packed, search, torch_scaled
 from moeproof.optimized.quant.experts import Levels, QuantBatchedExperts, QuantExperts
 from moeproof.optimized.quant.multiply import multiplier
 from moeproof.optimized.quant.prepare import QuantBatchedPrepareFinalize, QuantNoEPPrepareFinalize
-from moeproof.reference.contract.candidate import Candidate, Claims, Pair
+from moeproof.reference.contract.candidate import Candidate, Claims, Pair, Tuning
 from moeproof.reference.contract.inputs import Inputs
 from moeproof.reference.contract.modular import FusedMoEPermuteExpertsUnpermute
 from moeproof.reference.contract.problem import Problem
@@ -36,7 +38,8 @@ def _multiplies_fp8(p: Problem) -> bool:
     return multiplier(p.quant.a1, p.quant.w).operand == "e4m3fn"
 
 
-def _unsupported(p: Problem, fp8: bool) -> str | None:
+def unsupported(p: Problem, fp8: bool) -> str | None:
+    """What the set of these products does not do."""
     if not p.quant.quantised:
         return "quantised schemes only"
     if _multiplies_fp8(p) != fp8:
@@ -50,7 +53,7 @@ def _layer(fp8: bool) -> Callable[[Problem], str | None]:
     def supports(p: Problem) -> str | None:
         if p.layout != "standard":
             return "this candidate works in the standard layout"
-        return _unsupported(p, fp8)
+        return unsupported(p, fp8)
 
     return supports
 
@@ -61,7 +64,7 @@ def _pair(fp8: bool, layout: str) -> Callable[[Problem], str | None]:
             return f"this pair works in the {layout} layout"
         if p.shared or p.router.zero_experts or p.scale_on_sum != 1.0:
             return "the seed's interfaces have no room for shared experts, identity experts or a scale of the sum"
-        return _unsupported(p, fp8)
+        return unsupported(p, fp8)
 
     return supports
 
@@ -71,13 +74,13 @@ def _levels(inputs: Inputs) -> Levels:
     return Levels(inputs.a1_scale if a1 is not None and a1.two_level else None, inputs.w1_global, inputs.w2_global)
 
 
-def _experts(inputs: Inputs) -> QuantExperts:
+def experts(inputs: Inputs) -> QuantExperts:
     """With h kept, so that QUANT2 can be judged on bits."""
     p = inputs.problem
     return QuantExperts(p.quant, _levels(inputs), inputs.b1, inputs.b2, p.act, keep_h=True)
 
 
-def _batched_experts(inputs: Inputs) -> QuantBatchedExperts:
+def batched_experts(inputs: Inputs) -> QuantBatchedExperts:
     p = inputs.problem
     return QuantBatchedExperts(p.quant, _levels(inputs), inputs.b1, inputs.b2, p.act, keep_h=True)
 
@@ -90,20 +93,59 @@ def _batched(inputs: Inputs) -> QuantBatchedPrepareFinalize:
     return QuantBatchedPrepareFinalize(inputs.problem.quant, inputs.problem.rows_per_expert, inputs.w1.size(0))
 
 
-def _taps(experts: FusedMoEPermuteExpertsUnpermute) -> dict[str, Tensor]:
-    assert isinstance(experts, (QuantExperts, QuantBatchedExperts))
-    return experts.taps()
+def taps(parts: FusedMoEPermuteExpertsUnpermute) -> dict[str, Tensor]:
+    """What these experts kept of their last `apply`."""
+    assert isinstance(parts, (QuantExperts, QuantBatchedExperts))
+    return parts.taps()
 
 
 def _set(name: str, fp8: bool) -> list[Candidate | Pair]:
-    pairs = (("modular", "standard", _no_ep, _experts), ("batched", "batched", _batched, _batched_experts))
+    pairs = (("modular", "standard", _no_ep, experts), ("batched", "batched", _batched, batched_experts))
     return [
         Candidate(name, layer.run, SHOWS, _layer(fp8), CLAIMS[fp8], backend="triton"),
         *(
-            Pair(f"{name}-{kind}", front, back, layout, _pair(fp8, layout), CLAIMS[fp8], backend="triton", taps=_taps)
+            Pair(f"{name}-{kind}", front, back, layout, _pair(fp8, layout), CLAIMS[fp8], backend="triton", taps=taps)
             for kind, layout, front, back in pairs
         ),
     ]
+
+
+def _whole(unsupported: Callable[[Problem], str | None]) -> Callable[[Problem], str | None]:
+    """What a fused layer does, among layers in the standard layout."""
+
+    def supports(p: Problem) -> str | None:
+        if not p.quant.quantised:
+            return "quantised schemes only"
+        return unsupported(p) or _layer(_multiplies_fp8(p))(p)
+
+    return supports
+
+
+def _tuning(run_plan: Callable[[Inputs, Plan], dict[str, Tensor]], schemes: tuple[str, ...], fast: bool) -> Tuning:
+    return Tuning(
+        run=lambda inputs, text: run_plan(inputs, Plan.parse(text)),
+        starts=lambda problem, e: [str(plan) for plan in search.starts(problem, e, fast)],
+        axes=search.AXES,
+        vary=lambda text, axis: [str(plan) for plan in search.vary(Plan.parse(text), axis, fast)],
+        compiled=lambda problem, e: [str(plan) for plan in search.compiled(problem, e, fast)],
+        row=lambda problem, e: fused.point(problem, e, fast).model,
+        selectable=lambda: [str(plan) for scheme in schemes for plan in plans.selectable("sm90", scheme + "-fast" * fast)],
+    )
+
+
+def _fused() -> list[Candidate | Pair]:
+    """The fused layers. Those of fp8 codes come with two accumulators: promoted every 128 terms, and the tensor core's own,
+    which most public kernels for scales of tokens and channels use."""
+    aligned = ("topk_ids", "topk_weights", "sorted_slots", "block_expert", "num_padded", "y", "out")
+    fast = Claims(accumulate="fp8_unpromoted", ties="lowest", total_router=True)
+    found: list[Candidate | Pair] = []
+    for name, run, claims in (("triton-fp8-fused", fused.run, CLAIMS[True]), ("triton-fp8-fast", fused.run_fast, fast)):
+        tuning = _tuning(fused.run_plan, fused.SCHEMES, run is fused.run_fast)
+        shows = ("xq", "xs", *aligned)
+        found.append(Candidate(name, run, shows, _whole(fused.unsupported), claims, backend="triton", tuning=tuning))
+    tuning = _tuning(packed.run_plan, (packed.SCHEME,), False)
+    whole = _whole(packed.unsupported)
+    return [*found, Candidate("triton-mxfp4", packed.run, aligned, whole, CLAIMS[False], backend="triton", tuning=tuning)]
 
 
 def quant_candidates() -> list[Candidate | Pair]:
@@ -112,4 +154,4 @@ def quant_candidates() -> list[Candidate | Pair]:
     # On an H100 its product without fast accumulation was 1.56 times what promotion every 128 allows.
     claims = Claims(accumulate="fp8_unpromoted")
     torch_s = Candidate("torch-scaled-grouped", torch_scaled.run, shown, torch_scaled.unsupported, claims)
-    return [*_set("triton-fp8", True), *_set("triton-quant", False), torch_s]
+    return [*_set("triton-fp8", True), *_set("triton-quant", False), *_fused(), torch_s]

@@ -107,6 +107,14 @@ class FusedMoEPrepareAndFinalize(ABC):
         """
         return
 
+    def settle(self) -> None:
+        """Wait for what the last call left running on a device, and raise ContractError where that failed.
+
+        For implementations whose calls return before anybody can know: kernels that wait for other ranks. Not called by the
+        kernel object, which waits for nothing. The default has nothing to say.
+        """
+        return
+
 
 class FusedMoEPermuteExpertsUnpermute(ABC):
     """[Permute-Experts-Unpermute]: both GEMMs and the activation between them."""

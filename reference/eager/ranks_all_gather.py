@@ -57,6 +57,8 @@ class AllGatherReduceScatter(RankPrepareAndFinalize):
         )
         link, T = self.link, a1.size(0)
         most = int(link.all_gather(torch.tensor([T], device=link.device)).max())
+        if most < T:
+            raise self.fail(f"the counts of all ranks say {most} tokens at most, and there are {T} on this rank")
         columns = [topk_ids, topk_weights, *payload.columns]
         message = pack([_filled_up(c, most, -1 if c is topk_ids else 0) for c in columns])
         gathered = link.all_gather(message).flatten(0, 1)

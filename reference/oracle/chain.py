@@ -3,11 +3,13 @@
 Each intermediate may or may not have been rounded to the problem's dtype (fused kernels keep float32), so every rounding
 enters as a variance ulp^2 / 12, and every deterministic error A of a stage as a standard deviation A / 7. Variances pass
 through a GEMM by its squared weights and through the activation by its own finite differences. The final allowance is
-7 standard deviations and half an ulp of the output (docs/tolerances.md).
+7 standard deviations and half an ulp of the output (docs/tolerances.md). What is made of a value that may not fit the dtype
+is undefined: a kernel that stores it goes on with an infinity, one that keeps float32 with the value.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +57,12 @@ def _spread(exact: Tensor, error: Tensor, fmt: Format) -> Spread:
     return Spread(exact, torch.where(representable, 0.0, variance))
 
 
+def _in_range(x: Spread, fmt: Format) -> Spread:
+    """x as the next stage reads it: NaN, which is not compared, where a kernel that stores x may hold an infinity."""
+    beyond = x.value.abs() + x.allowed > fmt.max
+    return Spread(torch.where(beyond, torch.nan, x.value), torch.where(beyond, 0.0, x.variance))
+
+
 def _through_activation(x: Spread, problem: Problem, claims: Claims) -> Spread:
     act = problem.act
     value = activations.exact(x.value, act)
@@ -89,12 +97,12 @@ def _larger_step(x: Tensor, step: Tensor, value: Tensor, problem: Problem) -> Te
     return torch.maximum(up, down)
 
 
-def _weighted(variance_TKA: Tensor, w_eBA: Tensor, local_TK: Tensor) -> Tensor:
-    """Variance (T, K, B) of rows times their expert's weights: variance times squared weights."""
+def _weighted(variance_TKA: Tensor, w: Callable[[int], Tensor], experts: int, rows: int, local_TK: Tensor) -> Tensor:
+    """Variance (T, K, rows) of rows times their expert's weights w(expert): variance times squared weights."""
     T, K = local_TK.shape
-    out = torch.zeros(T, K, w_eBA.shape[1], dtype=torch.float64, device=w_eBA.device)
-    for expert, tokens, slots in by_expert(local_TK, w_eBA.shape[0]):
-        out[tokens, slots] = variance_TKA[tokens, slots] @ (w_eBA[expert].double() ** 2).T
+    out = torch.zeros(T, K, rows, dtype=torch.float64, device=variance_TKA.device)
+    for expert, tokens, slots in by_expert(local_TK, experts):
+        out[tokens, slots] = variance_TKA[tokens, slots] @ (w(expert).double() ** 2).T
     return out
 
 
@@ -106,10 +114,13 @@ def _experts(inputs: Inputs, x: Spread, claims: Claims) -> tuple[Spread, Spread,
     gate_up = _spread(*gemm1_exact(inputs, x.value, claims), p.fmt)
     if bool(x.variance.any()):
         rows = x.variance[:, None, :].expand(*local.shape, -1)
-        gate_up = Spread(gate_up.value, gate_up.variance + _weighted(rows, inputs.w1, local))
-    h = _through_activation(gate_up, p, claims)
-    y = _spread(*gemm2_exact(inputs, h.value, claims), p.fmt)
-    return gate_up, h, Spread(y.value, y.variance + _weighted(h.variance, inputs.w2, local))
+        own = _weighted(rows, inputs.w1.__getitem__, inputs.w1.size(0), inputs.w1.size(1), local)
+        gate_up = Spread(gate_up.value, gate_up.variance + own)
+    h = _through_activation(_in_range(gate_up, p.fmt), p, claims)
+    read = _in_range(h, p.fmt)
+    y = _spread(*gemm2_exact(inputs, read.value, claims), p.fmt)
+    own = _weighted(read.variance, inputs.w2.__getitem__, inputs.w2.size(0), inputs.w2.size(1), local)
+    return gate_up, h, Spread(y.value, y.variance + own)
 
 
 def quantised_rows(inputs: Inputs) -> Operand:
@@ -123,23 +134,20 @@ def quantised_experts(inputs: Inputs, claims: Claims, rows: Operand) -> tuple[Sp
     """gate_up, h and y of the quantised experts. `rows` (T, K, H) are exact; h is not, so its codes may flip: `requantised`."""
     p, scheme, local = inputs.problem, inputs.problem.quant, local_ids(inputs)
     gate_up = _spread(*grouped(inputs, "w1", rows, inputs.b1, claims, p.N), p.fmt)
-    h = _through_activation(gate_up, p, claims)
+    h = _through_activation(_in_range(gate_up, p.fmt), p, claims)
+    read = _in_range(h, p.fmt)
     if scheme.a2 is None:
-        operand, variance = plain(h.value, p.fmt), h.variance
+        operand, variance = plain(read.value, p.fmt), read.variance
     else:
-        operand, variance = requantised(inputs, h.value, h.variance)
+        operand, variance = requantised(inputs, read.value, read.variance)
     y = _spread(*grouped(inputs, "w2", operand, inputs.b2, claims, p.hidden), p.fmt)
-    w2 = torch.stack([weight(inputs, "w2", expert).values for expert in range(inputs.w2.shape[0])])
-    lost = _leaves_range(gate_up, p.fmt) | _leaves_range(h, p.fmt)
+    # Decoded one expert at a time: all of a full-size layer in float64 would not fit beside its codes.
+    own = _weighted(variance, lambda expert: weight(inputs, "w2", expert).values, inputs.w2.size(0), p.hidden, local)
+    # A scale made of an infinity serves a whole group, and codes of one a whole row: nothing is known of its product.
+    lost = read.value.isnan().any(dim=-1, keepdim=True) & (local >= 0)[..., None]
     if scheme.a2 is not None and not scheme.a2.by_token:
-        lost = lost.any().expand_as(lost)
-    value = torch.where(lost[..., None] & (local >= 0)[..., None], torch.nan, y.value)
-    return gate_up, h, Spread(value, y.variance + _weighted(variance, w2, local))
-
-
-def _leaves_range(x: Spread, fmt: Format) -> Tensor:
-    """bool (T, K): rows that may hold an infinity where they are stored. What is quantised of one is any code."""
-    return (x.value.abs() + x.allowed > fmt.max).any(dim=-1)
+        lost = lost.any().expand_as(lost) & (local >= 0)[..., None]
+    return gate_up, h, Spread(torch.where(lost, torch.nan, y.value), y.variance + own)
 
 
 def shared_expert(inputs: Inputs, claims: Claims) -> tuple[Tensor, Tensor] | None:
@@ -200,6 +208,7 @@ def spreads(inputs: Inputs, claims: Claims) -> dict[str, Spread]:
 def finish(inputs: Inputs, y: Spread, claims: Claims) -> Spread:
     """out (T, H) of the experts' y (T, K, .): weigh and sum, scale, leave the latent width, add the shared expert."""
     p = inputs.problem
+    y = _in_range(y, p.fmt)
     exact, magnitude, quantum = routed_sum(inputs, y.value)
     own = combine_error(magnitude, p.slots + 1, quantum, p.fmt, claims)
     total = Spread(exact, (_squared_weights(inputs)[:, :, None] * y.variance).sum(dim=1) + (own / SIGMAS) ** 2)

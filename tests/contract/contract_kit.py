@@ -41,7 +41,7 @@ def _collect() -> list[Candidate | Pair]:
     if modes.has_triton():
         from moeproof.optimized.candidates import candidates as optimized_candidates
 
-        found += optimized_candidates()
+        found += [c for c in optimized_candidates() if not isinstance(c, RankPair)]
     runs = [c for c in found if modes.cannot_run(c.backend, DEVICE) is None]
     # Candidates of quantised schemes only have tests of their own.
     return [c for c in runs if c.supports(Problem(**SIZES, layout=getattr(c, "layout", "standard"))) is None]

@@ -10,8 +10,8 @@ from plain_layer import DEVICE, activation, check_close, local_index, normal, pr
 from plain_layer import route as plain_route
 
 from moeproof.optimized import layer, torch_grouped
-from moeproof.optimized.candidates import candidates
-from moeproof.reference.contract import Candidate, Inputs, Pair, Problem, expert_map
+from moeproof.optimized.candidates import candidates as all_candidates
+from moeproof.reference.contract import Candidate, Inputs, Pair, Problem, RankPair, expert_map
 
 Tensor = torch.Tensor
 PROBLEMS = [
@@ -26,6 +26,11 @@ PROBLEMS = [
     "T=0,H=16,I=8,E=5,K=2,router=sqrtsoftplus:table",
 ]
 BIASED = ["T=9,H=40,I=24,E=5,K=3,expert_bias=1,act=swigluoai", "T=6,H=17,I=11,E=3,K=2,dtype=fp16,expert_bias=1,act=situ:beta=4"]
+
+
+def candidates() -> list[Candidate | Pair]:
+    """Those for one rank."""
+    return [c for c in all_candidates() if not isinstance(c, RankPair)]
 
 
 def problem(line: str) -> Problem:

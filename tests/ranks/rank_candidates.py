@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from moeproof.reference.contract.candidate import RankPair
@@ -84,9 +85,17 @@ def half_on_one(inputs: Inputs, world: World, link: Link) -> Halves:
     return Halves(link, world.grid)
 
 
+def signs_in(inputs: Inputs, world: World, link: Link) -> AllGatherReduceScatter:
+    """The right pair, which writes down where it was made."""
+    with Path(os.environ["MOEPROOF_TEST_PIDS"]).open("a") as pids:
+        pids.write(f"{os.getpid()}\n")
+    return AllGatherReduceScatter(link, world.grid)
+
+
 whole = RankPair("whole", all_gather, loop_experts)
 travels = RankPair("travels", half_on_one, loop_experts)
 """Both are made of functions that can be sent to a rank; the others are made of closures."""
+visitor = RankPair("visitor", signs_in, loop_experts)
 halves, sleeps, dies, raises = (
     replace(whole, name=kind.__name__.lower(), prepare_finalize=build(kind)) for kind in (Halves, Sleeps, Dies, Raises)
 )

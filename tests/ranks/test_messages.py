@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moeproof.harness.cases.case import parse_case
 from moeproof.harness.cases.worlds import make_rank_inputs, make_world_inputs
+from moeproof.harness.ranks import wire
 from moeproof.reference.contract import SCHEMES, Link
 from moeproof.reference.contract.agreement import agree, withdraw
 from moeproof.reference.eager.ranks_all_gather import AllGatherReduceScatter
@@ -187,3 +188,13 @@ def test_a_world_of_one_needs_nobody() -> None:
     assert link.all_gather(torch.arange(3)).tolist() == [[0, 1, 2]]
     assert link.all_to_all(torch.arange(3), [3], [3])().tolist() == [0, 1, 2]
     assert link.reduce_scatter(torch.ones(1, 4)).tolist() == [1.0] * 4
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 4), (0, 4), ()])
+def test_every_dtype_travels_between_pool_and_ranks(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    sent = torch.arange(120, dtype=torch.uint8)[: torch.Size(shape).numel() * dtype.itemsize].view(dtype).view(shape)
+    got = wire.loads(wire.dumps({"rows": [sent]}))["rows"][0]
+
+    assert (got.dtype, got.shape) == (dtype, sent.shape)
+    assert torch.equal(got.reshape(-1).view(torch.uint8), sent.reshape(-1).view(torch.uint8))

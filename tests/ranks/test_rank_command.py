@@ -155,6 +155,20 @@ def test_plugin_judges_on_ranks(project: pytest.Pytester) -> None:
     )
 
 
+def test_all_tests_of_a_pytest_process_share_one_pool(project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two tests over two cases on two workers: two ranks for each worker, started once."""
+    pids = project.path / "pids"
+    monkeypatch.setenv("MOEPROOF_TEST_PIDS", str(pids))
+    project.makeconftest(CONFTEST.replace("halves, travels, whole", "visitor").replace("whole, halves, travels", "visitor"))
+    project.makepyfile(TEST + TEST.replace("test_kernel", "test_again"))
+    chosen = ["--moe-ranks", "2", "--moe-transport", "gloo", "--moe-backend", "visitor", "-q", "-n", "2"]
+    cases = [word for seed in (3, 4) for word in ("--moe-case", LINE.replace("seed=3", f"seed={seed}"))]
+    result = project.runpytest_subprocess(*chosen, *cases)
+
+    result.assert_outcomes(passed=4)
+    assert len(set(pids.read_text().split())) == 4
+
+
 def test_bad_options_of_the_plugin_are_usage_errors(project: pytest.Pytester) -> None:
     result = project.runpytest_subprocess("--moe-ranks", "2", "--moe-transport", "mpi")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -62,3 +64,41 @@ def test_all_replies_in_hand_conclude_as_in_a_pool() -> None:
     run = _concluded(refusals, [5, 6], 0.1)
     assert (run.ending, run.rank, run.refused) == (Ending.RAISED, 1, True)
     assert run.headline == "rank 1 refused its arguments: ContractError: too many tokens"
+
+
+def recipe() -> list[str]:
+    """The words of docs/ranks.md's line for several hosts."""
+    page = (HERE.parents[1] / "docs" / "ranks.md").read_text(encoding="utf-8")
+    block = page[page.index("torchrun --nnodes") :]
+    return shlex.split(block[: block.index("```")].replace("\\\n", " "))
+
+
+def test_the_recipe_of_the_page_with_two_agents() -> None:
+    """Each agent stands for a host, here on one machine over gloo: rank 0 reports, the other's output is empty."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    here = {"HOST:29500": f"localhost:{port}", "8": "1", "nccl": "gloo"}
+    words = [here.get(word, word) for word in recipe()]
+    case = "T=16,H=32,I=16,E=5,K=2,ranks=2,spread=uneven,seed=3"
+    tools = str(Path(sys.executable).parent)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+        "PATH": os.pathsep.join([tools, os.environ.get("PATH", "")]),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    command = [*words, "--case", case]
+    hosts = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    ended = [host.communicate(timeout=170) for host in hosts]
+
+    assert [host.returncode for host in hosts] == [0, 0], [err[-2000:] for _, err in ended]
+    outputs = [out for out, _ in ended if out.strip()]
+    assert len(outputs) == 1, "rank 0 alone reports"
+    *verdicts, summary = map(json.loads, outputs[0].splitlines())
+    assert {v["case"] for v in verdicts} == {case}
+    assert summary["pass"] == sum(v["outcome"] == "PASS" for v in verdicts) > 0
+    assert {v["outcome"] for v in verdicts} <= {"PASS", "UNSUPPORTED"}

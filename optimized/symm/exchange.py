@@ -1,0 +1,307 @@
+"""The host's side of a rank's exchange: arenas, launches, and in words what kernels found wrong. Nothing here waits for a GPU.
+
+One exchange serves one layer call after the other on one stream. What went wrong on the device is known to the host when it
+looks: in `settle`, which waits, or when the next call begins.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from moeproof.optimized.symm.combine import _add_up, _put_sums
+from moeproof.optimized.symm.dispatch import _dispatch
+from moeproof.optimized.symm.layout import NOTICE, TEXT, Layout
+from moeproof.optimized.symm.memory import allocate
+from moeproof.optimized.symm.signals import STATE, Code
+from moeproof.optimized.tiles import interpreted, processors
+from moeproof.reference.contract.agreement import agree
+from moeproof.reference.contract.errors import ContractError, check
+from moeproof.reference.contract.link import Link
+
+Tensor = torch.Tensor
+MEETINGS = ("rows (dispatch)", "sums (combine)")
+PATIENCE = 20.0
+"""Seconds for which a kernel waits for another rank's signal: as much as ranks may be apart, compilers included."""
+LOOKS = 15_000
+"""Looks at a signal in a second of the interpreter, about."""
+PUT_BLOCK = 4096
+"""Words of a row that one program holds."""
+SUM_BLOCK = 1024
+FILL = 1024
+"""Ids of absent tokens that one program clears at once."""
+WORDS = ((torch.int32, tl.int32), (torch.int16, tl.int16), (torch.uint8, tl.uint8))
+
+
+@dataclass(frozen=True)
+class Received:
+    """What this rank holds after a dispatch: R regions of `most` rows. Valid until the call's combine: then peers may write."""
+
+    rows: Tensor
+    """(R * most, columns)."""
+    scales: Tensor | None
+    ids: Tensor
+    """int32 (R * most, K): -1 wherever the expert is not here, and throughout rows that did not come."""
+    weights: Tensor
+    """float32 (R * most, K)."""
+    counts: Tensor
+    """int32 (e,): pairs of each local expert."""
+
+
+class Exchange:
+    """Collective: all ranks make theirs together, with the same layout. `facts` must agree as well."""
+
+    def __init__(self, link: Link, layout: Layout, facts: dict[str, object], patience: float = PATIENCE) -> None:
+        self.link, self.layout, self.patience = link, layout, patience
+        grid = layout.grid
+        shared = {"call": "symmetric exchange", "placement": grid, "payload": layout.payload, "most": layout.most, **facts}
+        check(link.size == grid.ranks, f"the placement is for {grid.ranks} ranks, the group has {link.size}")
+        agree(link, shared, None)
+        self.arenas, self._mapping = allocate(link, layout.nbytes)
+        self.own = self.arenas[link.rank]
+        self.state = torch.zeros(STATE, dtype=torch.int32, device=link.device)
+        self.state[0] = 1
+        # Kernels write into the host's memory, so that looking at it costs no synchronisation.
+        self.notice = torch.zeros(4, dtype=torch.int32, pin_memory=link.device.type == "cuda")
+        self.tokens: int | None = None
+        """Tokens of the call between dispatch and combine."""
+        self.owner: weakref.WeakMethod[Callable[[str], None]] | None = None
+        """Called instead of `withdraw` where a call is refused here: of several exchanges all have to be left, in order."""
+        self._lost = ""
+        """Why this exchange can serve no further call."""
+        self._there = {name: layout.view(self.own, name) for name in ("rows", "scales", "ids", "weights")}
+        self._programs = 2 * processors(link.device)
+        self._prepare_launches()
+        self._load_kernels()
+        # All have cleared their arenas and loaded their kernels: from here on they may meet inside kernels.
+        agree(link, shared, None)
+
+    # Launches.
+
+    def _prepare_launches(self) -> None:
+        """What is the same in every call, worked out once: at few tokens the host's own time counts."""
+        lay, p, grid, device, me = self.layout, self.layout.payload, self.layout.grid, self.link.device, self.link.rank
+        (self._row_view, row_word), row_words = _words(p.row_bytes)
+        (self._scale_view, scale_word), scale_words = _words(p.scale_bytes)
+        local = [[*grid.local(rank)] for rank in range(grid.ranks)]
+        padded = torch.tensor([experts + [-1] * (lay.local - len(experts)) for experts in local], dtype=torch.int32)
+        group_of = grid.group_of().to(device, torch.int32)
+        tally = torch.zeros(grid.experts, dtype=torch.int32, device=device)
+        going = torch.zeros(lay.most, dtype=torch.int64, device=device)
+        common = (self.arenas, self.own, self.state, self.notice)
+        self._num_local = len(local[me])
+        self._dispatch_arguments = (
+            *(*common, group_of, padded.to(device), going, tally),
+            *self._at("signals", "notices", "tokens", "counts", "ids", "weights", "scales", "rows"),
+            *(lay.most, p.slots, grid.experts, lay.local, row_words, scale_words, me),
+        )
+        power = triton.next_power_of_2
+        meeting = {"RANKS": grid.ranks, "CLOCK": not interpreted()}
+        self._dispatch_options = {
+            **meeting,
+            "TP": grid.tp,
+            "SLOTS": power(p.slots),
+            "EXPERTS": power(lay.local),
+            "WORD": row_word,
+            "SCALE_WORD": scale_word,
+            "BLOCK": min(power(row_words), PUT_BLOCK),
+            "SCALE_BLOCK": min(power(max(scale_words, 1)), PUT_BLOCK),
+            "FILL": FILL,
+            "num_warps": 8,
+        }
+        self._sums_arguments = (*common, *self._at("signals", "notices", "tokens", "parts"), lay.most, p.hidden, me)
+        block = min(power(p.hidden), SUM_BLOCK)
+        self._sums_options = {**meeting, "K": p.slots, "BLOCK": block, "num_warps": 4}
+        self._add_arguments = (self.own, self.state, going, *self._at("parts"), lay.most, p.hidden)
+        self._add_options = {"RANKS": grid.ranks, "BLOCK": block, "num_warps": 4}
+        self._add_blocks = -(-p.hidden // block)
+
+    def _at(self, *names: str) -> tuple[int, ...]:
+        return tuple(self.layout.offset(name) for name in names)
+
+    @property
+    def _limit(self) -> int:
+        return int(self.patience * (LOOKS if interpreted() else 1e6))
+
+    def _nothing(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+        """(rows, scales, ids, weights, y) for a launch that looks at none of them."""
+        p, device = self.layout.payload, self.link.device
+        scales = torch.empty(1, p.scale_columns, dtype=p.scale_dtype, device=device) if p.scale_columns else None
+        return (
+            torch.empty(1, p.columns, dtype=p.dtype, device=device),
+            scales,
+            torch.empty(1, p.slots, dtype=torch.int32, device=device),
+            torch.empty(1, p.slots, device=device),
+            torch.empty(1, p.hidden, dtype=p.returned, device=device),
+        )
+
+    def _load_kernels(self) -> None:
+        """A kernel that is loaded while another one spins may have to wait for it: so all are loaded before any spins."""
+        rows, scales, ids, weights, y = self._nothing()
+        self._launch_dispatch(rows, scales, ids, weights, 0, refused=False, dry=True)
+        for places in (None, ids):
+            for weighted in (True, False) if self.layout.payload.slots == 1 else (True,):
+                self._launch_sums(y, places, ids, weights, weighted, refused=False, dry=True)
+        self._launch_add(y, dry=True)
+
+    def _launch_dispatch(
+        self, rows: Tensor, scales: Tensor | None, ids: Tensor, weights: Tensor, tokens: int, refused: bool, dry: bool = False
+    ) -> Tensor:
+        lay = self.layout
+        counts = torch.empty(lay.local, dtype=torch.int32, device=self.link.device)
+        work = max(tokens, -(-(lay.most - tokens) * lay.payload.slots // FILL), 1)
+        row_words, scale_words = rows.view(self._row_view), None if scales is None else scales.view(self._scale_view)
+        strides = (row_words.stride(0), 0 if scale_words is None else scale_words.stride(0), *ids.stride(), *weights.stride())
+        _dispatch[(1 if dry else min(work, self._programs),)](
+            *self._dispatch_arguments, row_words, scale_words, ids, weights, counts, *strides,
+            tokens, int(refused), self._limit, int(dry), **self._dispatch_options,
+        )  # fmt: skip
+        return counts[: self._num_local]
+
+    def _launch_sums(
+        self, y: Tensor, places: Tensor | None, ids: Tensor, weights: Tensor, weighted: bool, refused: bool, dry: bool = False
+    ) -> None:
+        programs = 1 if dry or refused else min(self.layout.rows, self._programs)
+        _put_sums[(programs,)](
+            *self._sums_arguments, y, places, ids, weights, y.stride(0), int(refused), self._limit, int(dry),
+            WEIGHTED=weighted, **self._sums_options,
+        )  # fmt: skip
+
+    def _launch_add(self, output: Tensor, dry: bool = False) -> None:
+        _add_up[(output.size(0), self._add_blocks)](
+            *self._add_arguments, output, *output.stride(), int(dry), **self._add_options
+        )
+
+    # Calls.
+
+    def nothing_received(self) -> Received:
+        """As after a dispatch in which no rank had any token. Nothing of the arena is written: peers may be at work in it."""
+        there = self._there
+        ids = torch.full_like(there["ids"], -1)
+        counts = torch.zeros(self._num_local, dtype=torch.int32, device=self.link.device)
+        scales = there["scales"] if self.layout.payload.scale_columns else None
+        return Received(there["rows"], scales, ids, there["weights"], counts)
+
+    def dispatch(self, rows: Tensor, scales: Tensor | None, ids: Tensor, weights: Tensor) -> Received:
+        """Rows (T, columns) and their scales, with ids and weights (T, K), to the ranks of their experts; what came here.
+
+        Raises what the last call left to be said, and releases the other ranks.
+        """
+        self._check_usable()
+        if self.tokens is not None:
+            raise self.fail("a dispatch before the combine of the last one")
+        if reason := self._heard():
+            raise self.fail(reason)
+        counts = self._launch_dispatch(rows, scales, ids, weights, rows.size(0), refused=False)
+        self.tokens = rows.size(0)
+        there = self._there
+        return Received(there["rows"], None if scales is None else there["scales"], there["ids"], there["weights"], counts)
+
+    def combine(
+        self, output: Tensor, y: Tensor, ids: Tensor, weights: Tensor, weighted: bool, places: Tensor | None = None
+    ) -> None:
+        """output (T, hidden) = sums over ranks of the sums over slots of w * y. Slot s of row i is i * K + s.
+
+        y (n, hidden): row = slot, live where ids (R * most, K) >= 0; with `places` (R * most * K,) row = places[slot], live
+        where that is >= 0. ids and weights are contiguous.
+        """
+        self.check_begun()
+        tokens, self.tokens = self.tokens, None
+        self._launch_sums(y, places, ids, weights, weighted, refused=False)
+        if tokens:
+            self._launch_add(output)
+
+    def check_begun(self) -> None:
+        """Refuse a combine without a dispatch before it: no rank waits for that one."""
+        self._check_usable()
+        check(self.tokens is not None, "finalize without a prepare before it")
+
+    def _check_usable(self) -> None:
+        check(not self._lost, f"this exchange cannot go on: {self._lost}")
+
+    # What goes wrong.
+
+    def withdraw(self, reason: str) -> None:
+        """Join the rest of this call's meetings with empty hands, and let the others know why."""
+        self.withdraw_rows(reason)
+        self.withdraw_sums()
+
+    def withdraw_rows(self, reason: str) -> None:
+        """Put the reason down, and join the first meeting where this call has still to have it."""
+        if self._lost:
+            return
+        words = torch.zeros(NOTICE, dtype=torch.int32)
+        words[0] = int(Code.REFUSED)
+        text = reason.encode()[: 4 * (NOTICE - TEXT)]
+        words[TEXT:] = torch.frombuffer(bytearray(text.ljust(4 * (NOTICE - TEXT), b"\0")), dtype=torch.int32)
+        self.layout.view(self.own, "notices")[self.link.rank].copy_(words)
+        if self.tokens is None:
+            rows, scales, ids, weights, _ = self._nothing()
+            self._launch_dispatch(rows, scales, ids, weights, 0, refused=True)
+
+    def withdraw_sums(self) -> None:
+        """Join the second meeting."""
+        if self._lost:
+            return
+        self.tokens = None
+        _, _, ids, weights, y = self._nothing()
+        self._launch_sums(y, None, ids, weights, weighted=True, refused=True)
+
+    def fail(self, reason: str) -> ContractError:
+        """To be raised where this rank alone finds that something is wrong."""
+        owner = None if self.owner is None else self.owner()
+        (owner or self.withdraw)(reason)
+        return ContractError(reason)
+
+    def settle(self) -> None:
+        """Wait for the device, and raise ContractError where the last call failed on it."""
+        if self.link.device.type == "cuda":
+            torch.cuda.synchronize(self.link.device)
+        if reason := self._heard():
+            raise ContractError(reason)
+
+    def _heard(self) -> str:
+        """What the kernels wrote down since the last look, in words; empty where all is well."""
+        code, first, second, call = self.notice.tolist()
+        if code == Code.FINE:
+            return ""
+        self.notice.zero_()
+        me = self.link.rank
+        if code == Code.LATE:
+            self._lost = _late(me, first, second, call, self.patience)
+            return self._lost
+        if code == Code.FULL:
+            return _full(self.layout, me, first, second)
+        notice = self.layout.view(self.own, "notices")[first].cpu()
+        return f"rank {first} refused: {_words_of(self.layout, first, notice, call, self.patience)} (this call has no result)"
+
+
+def _late(me: int, rank: int, meeting: int, call: int, patience: float) -> str:
+    what = MEETINGS[meeting]
+    return f"rank {me} waited {patience:g} s for the {what} of rank {rank} in call {call}: it is late, stopped or gone"
+
+
+def _full(layout: Layout, rank: int, local: int, rows: int) -> str:
+    expert = layout.grid.local(rank)[local]
+    return f"expert {expert} gets {rows} rows, more than its region of the batched layout holds"
+
+
+def _words_of(layout: Layout, rank: int, notice: Tensor, call: int, patience: float) -> str:
+    """Another rank's notice in words."""
+    code, first, second, _ = notice[:TEXT].tolist()
+    if code == Code.LATE:
+        return _late(rank, first, second, call, patience)
+    if code == Code.FULL:
+        return _full(layout, rank, first, second)
+    return notice[TEXT:].numpy().tobytes().rstrip(b"\0").decode(errors="replace")
+
+
+def _words(nbytes: int) -> tuple[tuple[torch.dtype, tl.dtype], int]:
+    """(the widest integers, for torch and for Triton, that a row of so many bytes is made of; how many)."""
+    word = next(w for w in WORDS if nbytes % w[0].itemsize == 0)
+    return word, nbytes // word[0].itemsize

@@ -1,0 +1,276 @@
+"""The seed's [Quantise-Dispatch] and [Combine] between ranks by one-sided puts, in both layouts. Graph-capturable."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from moeproof.optimized.align import batch_rows
+from moeproof.optimized.dispatch import move_rows
+from moeproof.optimized.prepare_finalize import check_unquantised
+from moeproof.optimized.quant.prepare import quantised_rows
+from moeproof.optimized.quant.quantise import as_bytes
+from moeproof.optimized.slots import Slots
+from moeproof.optimized.symm.exchange import PATIENCE, Exchange, Received
+from moeproof.optimized.symm.layout import Layout, Payload
+from moeproof.optimized.symm.room import check_room
+from moeproof.reference.contract.errors import ContractError, check
+from moeproof.reference.contract.grid import Grid
+from moeproof.reference.contract.link import Link
+from moeproof.reference.contract.modular import FusedMoEPrepareAndFinalize, Prepared
+from moeproof.reference.contract.schemes import SCHEMES, QuantScheme
+
+Tensor = torch.Tensor
+UNQUANTISED = SCHEMES["none"]
+
+
+class _Symmetric(FusedMoEPrepareAndFinalize):
+    """What both layouts share. One instance serves one layer on one rank; making it is collective.
+
+    `max_num_tokens` bounds the tokens of every rank: the arenas are made for it. Ids of no expert are slots that are not
+    routed. What a kernel finds wrong is raised by `settle`, or by the next prepare; the output of that call is NaN.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        grid: Grid,
+        max_num_tokens: int,
+        payload: Payload,
+        scheme: QuantScheme = UNQUANTISED,
+        patience: float = PATIENCE,
+        **facts: object,
+    ) -> None:
+        check(max_num_tokens >= 0, f"max_num_tokens={max_num_tokens} must not be negative")
+        self.grid, self.rank, self.scheme = grid, link.rank, scheme
+        self.max_num_tokens = max_num_tokens
+        layout = Layout(grid, payload, max(max_num_tokens, 1))
+        facts |= {"kind": type(self).__name__, "max tokens": max_num_tokens, "scheme": scheme.name}
+        self.exchange = Exchange(link, layout, facts, patience)
+        self.payload = payload
+        self._known_map: Tensor | None = None
+        """The expert map that has been looked at: reading it would wait for the device."""
+        self._local = grid.local(link.rank)
+        map_of_grid = grid.expert_map(link.rank)
+        self._map = None if map_of_grid is None else map_of_grid.to(link.device)
+
+    def topk_indices_dtype(self) -> torch.dtype | None:
+        return None
+
+    def max_num_tokens_per_rank(self) -> int | None:
+        return self.max_num_tokens
+
+    def abandon(self, reason: str) -> None:
+        self.exchange.withdraw(reason)
+
+    def settle(self) -> None:
+        self.exchange.settle()
+
+    def send(
+        self,
+        a1: Tensor,
+        a1_scale: Tensor | None,
+        a2_scale: Tensor | None,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        num_experts: int,
+        expert_map: Tensor | None,
+        weight_on_input: bool,
+    ) -> Received:
+        """Check, weigh, quantise and put. Whatever is refused here is told to the other ranks before it is raised."""
+        try:
+            self._check(a1, topk_weights, topk_ids, num_experts, expert_map, weight_on_input)
+            if not self.scheme.quantised:
+                check_unquantised(a1_scale=a1_scale, a2_scale=a2_scale)
+            rows, scales = quantised_rows(self.scheme, a1, a1_scale, topk_weights, topk_ids, weight_on_input)
+            rows = _travels(rows, "rows", self.payload.columns, self.payload.dtype)
+            # One scale for all rows is known everywhere: it does not travel.
+            beside = None
+            if self.payload.scale_columns:
+                assert scales is not None, "the scheme has a scale in each row"
+                beside = _travels(scales, "scales", self.payload.scale_columns, self.payload.scale_dtype)
+        except ContractError as error:
+            raise self.exchange.fail(str(error)) from None
+        got = self.exchange.dispatch(rows, beside, topk_ids, topk_weights)
+        return got if beside is not None else replace(got, scales=scales)
+
+    def _check(
+        self,
+        a1: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        num_experts: int,
+        expert_map: Tensor | None,
+        weight_on_input: bool,
+    ) -> None:
+        """Metadata only, but for the contents of a map that was not there before."""
+        p, tokens = self.payload, a1.size(0)
+        check(a1.dim() == 2 and a1.size(1) == p.hidden, f"a1 is {tuple(a1.shape)}, must be (tokens, {p.hidden})")
+        check(tokens <= self.max_num_tokens, f"{tokens} tokens on this rank, at most {self.max_num_tokens} are allowed")
+        for name, t in (("topk_ids", topk_ids), ("topk_weights", topk_weights)):
+            check(tuple(t.shape) == (tokens, p.slots), f"{name} is {tuple(t.shape)}, must be {(tokens, p.slots)}")
+        check(topk_ids.dtype in (torch.int32, torch.int64), f"topk_ids is {topk_ids.dtype}, must be torch.int32 or torch.int64")
+        check(topk_weights.dtype.is_floating_point, f"topk_weights is {topk_weights.dtype}, must be a floating dtype")
+        check(
+            not weight_on_input or p.slots == 1,
+            f"apply_router_weight_on_input with topk={p.slots}: allowed only for one slot per token",
+        )
+        check(
+            num_experts == self.grid.experts,
+            f"num_experts={num_experts}, the placement shares {self.grid.experts} experts; they must be equal",
+        )
+        if expert_map is None or expert_map is self._known_map:
+            check(expert_map is not None or self._map is None, "expert_map is None, but the experts are shared out")
+            return
+        want = torch.arange(self.grid.experts) if self._map is None else self._map.cpu()
+        check(
+            expert_map.tolist() == want.tolist(),
+            f"expert_map is {expert_map.tolist()}, the placement gives rank {self.rank} of {self.grid.ranks} {want.tolist()}",
+        )
+        self._known_map = expert_map
+
+    def check_output(self, output: Tensor, topk_weights: Tensor) -> None:
+        tokens = self.exchange.tokens
+        assert tokens is not None, "the exchange has begun a call"
+        check(
+            tuple(output.shape) == (tokens, self.payload.hidden),
+            f"output is {tuple(output.shape)}, must be {(tokens, self.payload.hidden)}: a row for each token of this rank",
+        )
+        check(topk_weights.dim() == 2, f"topk_weights has {topk_weights.dim()} dims, must have 2")
+
+
+class SymmStandardPrepareFinalize(_Symmetric):
+    """Standard layout: (R * most, H) rows, `most` for each source rank; token t of rank s is row s * most + t.
+
+    A token travels once to each rank that holds one of its experts; rows that did not come have the ids -1 and hold anything.
+    Rows, ids and weights are the arena itself: they hold until finalize.
+    """
+
+    def prepare(
+        self,
+        a1: Tensor,
+        a1_scale: Tensor | None,
+        a2_scale: Tensor | None,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        num_experts: int,
+        expert_map: Tensor | None,
+        apply_router_weight_on_input: bool,
+    ) -> Prepared:
+        """(rows, scales (R * most, G), (1, 1) or None, counts int32 (e,), ids int32, weights float32)."""
+        got = self.send(a1, a1_scale, a2_scale, topk_weights, topk_ids, num_experts, expert_map, apply_router_weight_on_input)
+        return got.rows, got.scales, got.counts, got.ids, got.weights
+
+    def finalize(
+        self,
+        output: Tensor,
+        fused_expert_output: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        apply_router_weight_on_input: bool,
+    ) -> None:
+        """`fused_expert_output` (R * most, K, hidden); ids and weights as prepare returned them."""
+        lay, p = self.exchange.layout, self.payload
+        self.exchange.check_begun()
+        try:
+            self.check_output(output, topk_weights)
+            want = (lay.rows, p.slots, p.hidden)
+            got = tuple(fused_expert_output.shape)
+            check(got == want, f"fused_expert_output is {got}, must be {want}")
+            check(
+                tuple(topk_ids.shape) == want[:2] and topk_weights.shape == topk_ids.shape,
+                "finalize got ids that the last prepare did not return; they replace the router's",
+            )
+        except ContractError as error:
+            raise self.exchange.fail(str(error)) from None
+        y = fused_expert_output.contiguous().view(-1, p.hidden)
+        weighted = not apply_router_weight_on_input
+        self.exchange.combine(output, y, topk_ids.contiguous(), topk_weights.contiguous(), weighted)
+
+
+class SymmBatchedPrepareFinalize(_Symmetric):
+    """Batched layout (e, max_rows, H): rows of an expert in (source rank, token, slot) order.
+
+    A token still travels once to a rank; there its row is copied to each of its experts' regions, which memory does faster
+    than any link. An expert with more than `max_rows` rows fails the call on all ranks.
+    """
+
+    def __init__(self, link: Link, grid: Grid, max_rows: int, max_num_tokens: int, payload: Payload, **more: object) -> None:
+        check(max_rows >= 1, f"max_rows={max_rows} must be at least 1")
+        super().__init__(link, grid, max_num_tokens, payload, **{"rows per expert": max_rows, **more})  # type: ignore[arg-type]
+        self.max_rows = max_rows
+        self._places: Tensor | None = None
+        """int32 (R * most * K,): row of each arrived slot in the batched layout, -1 where it has none."""
+        self._weights: Tensor | None = None
+        self._arrange(self.exchange.nothing_received())  # loads the kernels of this layout too, before any rank waits
+
+    def prepare(
+        self,
+        a1: Tensor,
+        a1_scale: Tensor | None,
+        a2_scale: Tensor | None,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        num_experts: int,
+        expert_map: Tensor | None,
+        apply_router_weight_on_input: bool,
+    ) -> Prepared:
+        """(rows (e, max_rows, .), scales (e, max_rows, G), (e, 1, 1) or None, counts int32 (e,), None, None)."""
+        got = self.send(a1, a1_scale, a2_scale, topk_weights, topk_ids, num_experts, expert_map, apply_router_weight_on_input)
+        rows, scales, self._places = self._arrange(got)
+        self._weights = got.weights
+        return rows, scales, got.counts, None, None
+
+    def _arrange(self, got: Received) -> tuple[Tensor, Tensor | None, Tensor]:
+        """(rows and scales in the batched layout, places)."""
+        e = len(self._local)
+        places, _ = batch_rows(Slots(got.ids, self.grid.experts, e, self._map), self.max_rows)
+        check_room(self.exchange, got.counts, self.max_rows)
+        scales = got.scales
+        if self.payload.scale_columns and scales is not None:
+            scales = self._placed(scales, places)
+        elif scales is not None:
+            scales = scales.expand(e, 1, 1)
+        return self._placed(got.rows, places), scales, places
+
+    def _placed(self, column: Tensor, places: Tensor) -> Tensor:
+        """(R * most, .) as arrived -> (e, max_rows, .)."""
+        out = torch.empty(len(self._local), self.max_rows, column.size(1), dtype=column.dtype, device=column.device)
+        move_rows(as_bytes(column), as_bytes(out).flatten(0, 1), self.payload.slots, rows=places)
+        return out
+
+    def finalize(
+        self,
+        output: Tensor,
+        fused_expert_output: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        apply_router_weight_on_input: bool,
+    ) -> None:
+        """`fused_expert_output` (e, max_rows, hidden). Weights are those that travelled with the tokens."""
+        p = self.payload
+        places, weights = self._places, self._weights
+        self._places = self._weights = None
+        self.exchange.check_begun()
+        try:
+            self.check_output(output, topk_weights)
+            want = (len(self._local), self.max_rows, p.hidden)
+            got = tuple(fused_expert_output.shape)
+            check(got == want, f"fused_expert_output is {got}, must be {want}")
+        except ContractError as error:
+            raise self.exchange.fail(str(error)) from None
+        assert places is not None and weights is not None, "prepare left them"
+        y = fused_expert_output.contiguous().view(-1, p.hidden)
+        self.exchange.combine(output, y, places, weights, not apply_router_weight_on_input, places)
+
+
+def _travels(rows: Tensor, name: str, columns: int, dtype: torch.dtype) -> Tensor:
+    """Rows whose columns lie side by side, as the exchange was made for."""
+    check(
+        rows.dim() == 2 and rows.size(1) == columns and rows.dtype == dtype,
+        f"{name} to send are {tuple(rows.shape)} {rows.dtype}, this exchange was made for (tokens, {columns}) {dtype}",
+    )
+    # A row must also begin where its words do.
+    word_aligned = rows.stride(0) * dtype.itemsize % 4 == 0 and rows.data_ptr() % 4 == 0
+    return rows if rows.stride(1) == 1 and (word_aligned or rows.is_contiguous()) else rows.contiguous()

@@ -1,0 +1,22 @@
+"""The one-sided pairs as CPU processes run them: interpreted kernels, arenas in files that the ranks share.
+
+Experts are the plain loops: what is tested here is what lies between ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from moeproof.optimized.symm.candidates import rank_pairs
+from moeproof.reference.eager.experts_of import batched_experts, standard_experts, taps
+
+INSTALLED = {pair.name: pair for pair in rank_pairs()}
+PAIRS = {
+    name: replace(
+        pair,
+        experts=batched_experts if pair.layout == "batched" else standard_experts,
+        taps=taps if pair.taps else None,
+        transports=("gloo",),
+    )
+    for name, pair in INSTALLED.items()
+}
