@@ -252,10 +252,14 @@ class Exchange:
         _, _, ids, weights, y = self._nothing()
         self._launch_sums(y, None, ids, weights, weighted=True, refused=True)
 
-    def fail(self, reason: str) -> ContractError:
-        """To be raised where this rank alone finds that something is wrong."""
+    def refuse(self, reason: str) -> None:
+        """This rank alone finds that something is wrong: let the others know before it leaves."""
         owner = None if self.owner is None else self.owner()
         (owner or self.withdraw)(reason)
+
+    def fail(self, reason: str) -> ContractError:
+        """The same, and what to raise."""
+        self.refuse(reason)
         return ContractError(reason)
 
     def settle(self) -> None:
