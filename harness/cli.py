@@ -38,7 +38,7 @@ def verify(
     candidates: Names = None,
     model: Annotated[list[str] | None, typer.Option(help="Model presets; by default all.")] = None,
     case: Annotated[list[str] | None, typer.Option(help="Case lines instead of presets.")] = None,
-    tier: Annotated[str, typer.Option(help="quick, full or soak: that tier's cases instead of presets.")] = "",
+    tier: Annotated[str, typer.Option(help="quick, default, full or soak: that tier's cases instead of presets.")] = "",
     random: Annotated[int, typer.Option(help="This many random cases instead of presets.")] = 0,
     tokens: Annotated[int, typer.Option(help="Tokens per case.")] = 4,
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from moeproof.optimized.experts import TritonBatchedExperts, TritonExperts
 from moeproof.optimized.quant import candidates as quant
 from moeproof.optimized.symm.layout import Payload
+from moeproof.optimized.symm.overlapped import SymmOverlappedPrepareFinalize
 from moeproof.optimized.symm.prepare_finalize import SymmBatchedPrepareFinalize, SymmStandardPrepareFinalize
 from moeproof.reference.contract.candidate import Claims, RankPair
 from moeproof.reference.contract.inputs import Inputs
 from moeproof.reference.contract.link import Link
+from moeproof.reference.contract.overlap import FusedMoEOverlappedKernel
 from moeproof.reference.contract.problem import Problem
 from moeproof.reference.contract.world import World
 
@@ -28,6 +31,11 @@ def payload(p: Problem) -> Payload:
 def _standard(inputs: Inputs, world: World, link: Link) -> SymmStandardPrepareFinalize:
     p = inputs.problem
     return SymmStandardPrepareFinalize(link, world.grid, world.max_tokens, payload(p), p.quant)
+
+
+def _overlapped(inputs: Inputs, world: World, link: Link) -> SymmOverlappedPrepareFinalize:
+    p = inputs.problem
+    return SymmOverlappedPrepareFinalize(link, world.grid, world.max_tokens, payload(p), p.quant)
 
 
 def _batched(inputs: Inputs, world: World, link: Link) -> SymmBatchedPrepareFinalize:
@@ -67,7 +75,7 @@ def _quantised(fp8: bool) -> Callable[[World], str | None]:
 
 
 def rank_pairs() -> list[RankPair]:
-    """Both layouts, unquantised and for each set of quantised products."""
+    """Both layouts, unquantised and for each set of quantised products; two micro-batches at once."""
     layouts = (("standard", _standard, _experts, quant.experts), ("batched", _batched, _batched_experts, quant.batched_experts))
     pairs = []
     for layout, front, experts, quant_experts in layouts:
@@ -86,4 +94,6 @@ def rank_pairs() -> list[RankPair]:
                     transports=("symm",),
                 )
             )
-    return pairs
+    plain = pairs[0]
+    overlapped = replace(plain, name="symm-standard-overlapped", prepare_finalize=_overlapped, kernel=FusedMoEOverlappedKernel)
+    return [*pairs, overlapped]

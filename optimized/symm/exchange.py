@@ -6,6 +6,8 @@ looks: in `settle`, which waits, or when the next call begins.
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -68,6 +70,8 @@ class Exchange:
         self.notice = torch.zeros(4, dtype=torch.int32, pin_memory=link.device.type == "cuda")
         self.tokens: int | None = None
         """Tokens of the call between dispatch and combine."""
+        self.owner: weakref.WeakMethod[Callable[[str], None]] | None = None
+        """Called instead of `withdraw` where a call is refused here: of several exchanges all have to be left, in order."""
         self._lost = ""
         """Why this exchange can serve no further call."""
         self._there = {name: layout.view(self.own, name) for name in ("rows", "scales", "ids", "weights")}
@@ -224,6 +228,11 @@ class Exchange:
 
     def withdraw(self, reason: str) -> None:
         """Join the rest of this call's meetings with empty hands, and let the others know why."""
+        self.withdraw_rows(reason)
+        self.withdraw_sums()
+
+    def withdraw_rows(self, reason: str) -> None:
+        """Put the reason down, and join the first meeting where this call has still to have it."""
         if self._lost:
             return
         words = torch.zeros(NOTICE, dtype=torch.int32)
@@ -231,15 +240,26 @@ class Exchange:
         text = reason.encode()[: 4 * (NOTICE - TEXT)]
         words[TEXT:] = torch.frombuffer(bytearray(text.ljust(4 * (NOTICE - TEXT), b"\0")), dtype=torch.int32)
         self.layout.view(self.own, "notices")[self.link.rank].copy_(words)
-        rows, scales, ids, weights, y = self._nothing()
         if self.tokens is None:
+            rows, scales, ids, weights, _ = self._nothing()
             self._launch_dispatch(rows, scales, ids, weights, 0, refused=True)
+
+    def withdraw_sums(self) -> None:
+        """Join the second meeting."""
+        if self._lost:
+            return
         self.tokens = None
+        _, _, ids, weights, y = self._nothing()
         self._launch_sums(y, None, ids, weights, weighted=True, refused=True)
 
+    def refuse(self, reason: str) -> None:
+        """This rank alone finds that something is wrong: let the others know before it leaves."""
+        owner = None if self.owner is None else self.owner()
+        (owner or self.withdraw)(reason)
+
     def fail(self, reason: str) -> ContractError:
-        """To be raised where this rank alone finds that something is wrong."""
-        self.withdraw(reason)
+        """The same, and what to raise."""
+        self.refuse(reason)
         return ContractError(reason)
 
     def settle(self) -> None:

@@ -90,8 +90,9 @@ class _Symmetric(FusedMoEPrepareAndFinalize):
             if self.payload.scale_columns:
                 assert scales is not None, "the scheme has a scale in each row"
                 beside = _travels(scales, "scales", self.payload.scale_columns, self.payload.scale_dtype)
-        except ContractError as error:
-            raise self.exchange.fail(str(error)) from None
+        except Exception as error:  # whatever it is, the others must not wait for this rank
+            self.exchange.refuse(str(error).strip() or type(error).__name__)
+            raise
         got = self.exchange.dispatch(rows, beside, topk_ids, topk_weights)
         return got if beside is not None else replace(got, scales=scales)
 

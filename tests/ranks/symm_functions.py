@@ -46,7 +46,8 @@ def kernel_of(context: RankContext, name: str, line: str, patience: float = 20.0
     """One layer on this rank, as an engine holds it."""
     pair, inputs, world = pair_of(context, name), made(context, line), parse_case(line).world
     front = pair.prepare_finalize(inputs, world, link_of(context))
-    front.exchange.patience = patience  # type: ignore[attr-defined]
+    for half in getattr(front, "_halves", [front]):
+        half.exchange.patience = patience
     return pair.kernel(front, pair.experts(inputs))
 
 

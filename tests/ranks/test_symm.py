@@ -104,6 +104,17 @@ def test_codes_travel_with_their_scales(pools: dict[int, RankPool], name: str, e
     assert all(("row_scales" in rank[0]) == scaled for rank in run.results)
 
 
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_two_micro_batches_give_the_bits_of_one_call(pools: dict[int, RankPool], ranks: int) -> None:
+    extras = ("routing=minus1,spread=uneven,seed=7", "routing=dup,spread=uneven,seed=7")
+    lines = [line_for("symm-standard", ranks, "values=normal", extra) for extra in extras]
+    runs = [pools[ranks].run(functions.calls, f"symm-standard{mark}", lines) for mark in ("", "-overlapped")]
+
+    assert all(run.ok for run in runs), runs
+    for plain, halves in zip(*(run.results for run in runs), strict=True):
+        assert all(torch.equal(a["out"], b["out"]) for a, b in zip(plain, halves, strict=True))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_is_written_between_the_fields(pools: dict[int, RankPool], name: str) -> None:
     lines = [line_for(known(name), 2, "H=13,routing=dup"), line_for(known(name), 2, "H=13,routing=minus1,seed=6")]
@@ -112,7 +123,13 @@ def test_nothing_is_written_between_the_fields(pools: dict[int, RankPool], name:
     assert run.ok and run.results == (True, True), run
 
 
-REFUSALS = [(NAMES[0], "tokens"), (NAMES[1], "tokens"), (NAMES[0], "map"), (NAMES[0], "experts")]
+REFUSALS = [
+    (NAMES[0], "tokens"),
+    (NAMES[1], "tokens"),
+    (NAMES[0], "map"),
+    (NAMES[0], "experts"),
+    *(("symm-standard-overlapped", fault) for fault in ("tokens", "map", "experts")),
+]
 OWN = {"tokens": "21 tokens on this rank, at most 7 are allowed", "map": "expert_map is", "experts": "out of registers"}
 
 
