@@ -52,6 +52,24 @@ def judge(pair: RankPair, case: Case) -> tuple[str, int, float, str]:
     return ("fail", checked, ratio, findings[0]) if findings else ("pass", checked, ratio, "")
 
 
+def traits(case: Case) -> list[str]:
+    """What is unusual about a world."""
+    grid, p = case.world.grid, case.problem
+    found = {
+        "experts not divisible by groups": grid.experts % grid.ep > 0,
+        "round robin": p.placement == "round_robin",
+        "linear": p.placement == "linear",
+        "redundant experts": case.redundant > 0,
+        "tensor-parallel": case.tp > 1 and not case.sp,
+        "sequence-parallel": case.tp > 1 and bool(case.sp),
+        "data x expert x tensor parallel": case.tp > 1 and grid.ep > 1,
+        "batched": p.layout == "batched",
+        "quantised": p.quant.quantised,
+        "a rank without tokens": 0 in case.world.tokens,
+    }
+    return [name for name, holds in found.items() if holds]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=300)
@@ -59,8 +77,8 @@ def main() -> int:
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    pairs = [pair for pair in find_rank_pairs() if pair.backend == "torch"]
-    outcomes, reasons, ranks = Counter[str](), Counter[str](), Counter[int]()
+    pairs = [pair for pair in find_rank_pairs() if pair.backend == "torch" and "simulated" in pair.transports]
+    outcomes, reasons, ranks, covered = Counter[str](), Counter[str](), Counter[int](), Counter[str]()
     checked, worst, start = 0, 0.0, time.perf_counter()
     for case in world_sample(options.count, options.start):
         for pair in pairs:
@@ -71,6 +89,8 @@ def main() -> int:
                 reasons[reason.split(":")[0].split(",")[0]] += 1
             else:
                 ranks[case.ranks] += 1
+                covered.update(traits(case))
+                covered.update(f"{trait}, 64 ranks" for trait in traits(case) if case.ranks == 64)
             if outcome in ("fail", "error"):
                 print(f"{outcome} {pair.name} on {case}: {reason}", flush=True)
     record = results.origin("cpu", options.output) | {
@@ -80,6 +100,7 @@ def main() -> int:
         "facts_checked": checked,
         "worst_ratio": round(worst, 4),
         "judged_by_ranks": {str(n): ranks[n] for n in sorted(ranks)},
+        "judged_with": dict(covered.most_common()),
         "unsupported_because": dict(reasons.most_common()),
         "seconds": round(time.perf_counter() - start, 1),
         "threads_per_rank": 1,

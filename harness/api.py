@@ -64,7 +64,7 @@ def run(candidates: Sequence[Candidate], cases: Iterable[Case], device: str | No
 
 
 def verify(
-    *candidates: object, cases: Iterable[str | Case] | None = None, tier: str = "quick", device: str | None = None
+    *candidates: object, cases: Iterable[str | Case] | None = None, tier: str = "default", device: str | None = None
 ) -> Report:
     """Judge callables, Candidates or seed-style Pairs.
 

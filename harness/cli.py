@@ -38,7 +38,7 @@ def verify(
     candidates: Names = None,
     model: Annotated[list[str] | None, typer.Option(help="Model presets; by default all.")] = None,
     case: Annotated[list[str] | None, typer.Option(help="Case lines instead of presets.")] = None,
-    tier: Annotated[str, typer.Option(help="quick, full or soak: that tier's cases instead of presets.")] = "",
+    tier: Annotated[str, typer.Option(help="quick, default, full or soak: that tier's cases instead of presets.")] = "",
     random: Annotated[int, typer.Option(help="This many random cases instead of presets.")] = 0,
     tokens: Annotated[int, typer.Option(help="Tokens per case.")] = 4,
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
@@ -131,7 +131,8 @@ def bench(
     model: Models = None,
     tokens: Tokens = None,
     routing: Routings = None,
-    dtype: Annotated[str, typer.Option(help="bf16 or fp16.")] = "bf16",
+    kind: Annotated[list[str] | None, typer.Option(help="bf16, fp16, fp8b, fp8c or mxfp4; several are run in turn.")] = None,
+    dtype: Annotated[str, typer.Option(help="With --ranks: bf16 or fp16.")] = "bf16",
     peers: Annotated[Path | None, typer.Option(help="CSV of stored times that readings are held against.")] = None,
     seconds: Annotated[float, typer.Option(help="Time of one candidate's replays at one point, about.")] = 0.15,
     stages: Annotated[bool, typer.Option("--stages", help="Also the device time of each kernel, from the profiler.")] = False,
@@ -166,7 +167,9 @@ def bench(
     known = timing.read_peers(peers) if peers else {}
     small = device == "cpu"
     few = tuple(tokens or ([4] if small else []))
-    works = bench_points.grid(tuple(model or ()), few, tuple(routing or ()), dtype, small)
+    works = []
+    for one in kind or ["bf16"]:
+        works += bench_points.grid(tuple(model or ()), few, tuple(routing or ()), one, small)
     readings = timing.measure(chosen, works, device, timing.Options(seconds, stages))
     raise typer.Exit(bench_report.main(readings, known, device, json, output, plot))
 
@@ -177,7 +180,7 @@ def tune(
     model: Models = None,
     tokens: Tokens = None,
     routing: Routings = None,
-    dtype: Annotated[str, typer.Option(help="bf16 or fp16.")] = "bf16",
+    kind: Annotated[str, typer.Option(help="bf16, fp16, fp8b, fp8c or mxfp4.")] = "bf16",
     output: Annotated[Path | None, typer.Option(help="The table; points that are already there are kept.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Every time and refusal, as JSON.")] = None,
     weak: Annotated[Path | None, typer.Option(help="Results of bench: only points slower there than the peers.")] = None,
@@ -198,7 +201,7 @@ def tune(
     device = modes.default_device()
     small = device == "cpu"
     few = tuple(tokens or ([4] if small else []))
-    works = bench_points.grid(tuple(model or ()), few, tuple(routing or ()), dtype, small)
+    works = bench_points.grid(tuple(model or ()), few, tuple(routing or ()), kind, small)
     if weak:
         check(peers is not None, "--weak needs --peers: the times to hold its readings against")
         assert peers is not None

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from moeproof.harness.verdict import Verdict
     from moeproof.reference.contract.candidate import Candidate, RankPair
 
-TIER_NAMES = ("quick", "full", "soak")
+TIER_NAMES = ("quick", "default", "full", "soak")
 
 
 class Hooks:
@@ -45,7 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--moe-backend", action="append", default=[], metavar="NAME", help="only candidates of this name or backend"
     )
     group.addoption("--moe-device", choices=("auto", "interpret", "device"), default=None, help="where Triton kernels run")
-    group.addoption("--moe-tier", choices=TIER_NAMES, default="quick", help="which cases: quick, full or soak")
+    group.addoption("--moe-tier", choices=TIER_NAMES, default="default", help="which cases: quick, default, full or soak")
     group.addoption("--moe-ranks", type=int, default=0, metavar="N", help="judge candidates for several ranks, on N of them")
     group.addoption(
         "--moe-transport", default="auto", metavar="NAME", help="between ranks: auto, simulated, gloo, symm or nccl"

@@ -96,14 +96,28 @@ FP8_RULE: tuple[tuple[float, Plan], ...] = (
     (float("inf"), Plan(Tile(128, 128, 128, 8, 8, 4, True, 1), Tile(128, 128, 128, 8, 8, 4, True, 1))),
 )
 """The same for schemes fp8_token and fp8_block. A step is one group of scales; twice the registers for sums."""
-RULES = {"fp8_token": FP8_RULE, "fp8_block": FP8_RULE}
+PACKED_RULE: tuple[tuple[float, Plan], ...] = (
+    (24, Plan(Tile(16, 64, 256, 1, 4, 3), Tile(16, 64, 256, 1, 4, 3))),
+    (48, Plan(Tile(32, 64, 256, 1, 4, 3), Tile(32, 64, 256, 1, 4, 3))),
+    (float("inf"), Plan(Tile(64, 128, 128, 1, 4, 4, swap=True), Tile(64, 128, 128, 1, 4, 4, swap=True))),
+)
+"""Four-bit weights and 16-bit rows."""
+FAST = Tile(128, 256, 128, 8, 8, 3, True, 1, fast=True)
+FAST_RULE = (*FP8_RULE[:-1], (float("inf"), Plan(FAST, Tile(128, 128, 128, 8, 8, 4, True, 1, fast=True))))
+RULES = {
+    "fp8_token": FP8_RULE,
+    "fp8_block": FP8_RULE,
+    "fp8_token-fast": FAST_RULE,
+    "fp8_block-fast": FAST_RULE,
+    "mxfp4_w4a16": PACKED_RULE,
+}
 FAR = 4.0
 """A tabulated number of tokens says nothing about this many times as many."""
 
 
 def fallback(point: Point) -> Plan:
     """The plan of a point that the table does not know."""
-    if point.T == 1:
+    if point.T == 1 and point.scheme != "mxfp4_w4a16":
         return INTERPRETED_STRIPS if interpreted() else STRIPS
     return next(plan for limit, plan in RULES.get(point.scheme, RULE) if point.rows_per_expert <= limit)
 

@@ -21,6 +21,8 @@ from moeproof.reference.oracle.router import route
 Tensor = torch.Tensor
 SHARED = -1
 """The shared expert's number, for recipes that tell experts apart."""
+AT_ONCE = 2**27
+"""Weights that are quantised together."""
 
 
 def make_inputs(case: Case, device: torch.device | str = "cpu") -> Inputs:
@@ -40,7 +42,9 @@ def make_inputs(case: Case, device: torch.device | str = "cpu") -> Inputs:
             out[local] = _cast(make(p, stream(f"{name}/{owner}"), rows, cols, expert), p)
         if not p.quant.quantised:
             return {name: _stored(out, p)}
-        new = quantise_weights(out.double(), name, p)
+        # No scale spans two experts, and float64 values of a whole full-size layer would not fit.
+        parts = [quantise_weights(some.double(), name, p) for some in out.split(max(1, AT_ONCE // (rows * cols)))]
+        new = parts[0] if len(parts) == 1 else {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
         return new | {name: _stored(new[name], p)}
 
     ids = weights_TK = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from moeproof.harness.cases.case import Case
+from moeproof.harness.cases.case import Case, parse_case
 from moeproof.harness.cases.generator import Stream
 from moeproof.harness.cases.sample import _pick, draw
 from moeproof.reference.contract.errors import ContractError
@@ -14,6 +14,11 @@ from moeproof.reference.contract.schemes import ALL, SCHEMES
 QUANTISED = tuple(name for name, scheme in SCHEMES.items() if scheme.quantised)
 RAGGED = (16, 40, 50, 96, 130, 136, 200, 272)
 """Widths for schemes whose last group may be short: below, at and beyond one block of 128."""
+KINDS = (
+    *("fp8_tensor", "fp8_tensor_static", "fp8_token", "fp8_block", "int8_token"),
+    *("mxfp8_up", "mxfp4_w4a4", "nvfp4", "int4_w4a16_zp_g32"),
+)
+"""One scheme of each kind: by tensor, static, by token, by block, integer, microscaling, two-level, zero points."""
 VALUES = ("groups", "groups", "edges", "ties", "hetero", "normal", "pin", "int")
 
 
@@ -23,6 +28,21 @@ def _widths(scheme: str) -> tuple[int, ...]:
     if q.ragged or q.group[1] == ALL:
         return RAGGED
     return tuple(q.group[1] * n for n in (1, 2, 3, 5) if q.group[1] * n <= 384)
+
+
+def scheme_cases(scheme: str) -> list[Case]:
+    """Three cases of a scheme: scales that all differ, with a short last group where it may have one; zero rows and amax at
+    powers of two; and one rank of two, batched, with slots of -1."""
+    q = SCHEMES[scheme].w
+    assert q is not None
+    H, I = (200, 136) if q.ragged else (256, 128)  # noqa: E741  (the project's letter)
+    plain = f"H={H},I={I},scheme={scheme}"
+    lines = (
+        f"T=9,E=3,K=2,{plain},values=groups,routing=minus1,seed=41",
+        f"T=9,E=3,K=2,{plain},values=edges,seed=42",
+        f"T=33,E=4,K=2,{plain},layout=batched,ep=2,ep_rank=1,values=groups,routing=minus1,seed=43",
+    )
+    return [parse_case(line) for line in lines]
 
 
 def draw_quantised(seed: int, scheme: str | None = None, layout: str | None = None, values: str | None = None) -> Case:

@@ -27,7 +27,8 @@ from moeproof.harness.dumps.golden_file import (
     write_dump,
     write_manifest,
 )
-from moeproof.harness.judging.compare import Comparison, compare, vacuous
+from moeproof.harness.judging.compare import Comparison, compare
+from moeproof.harness.judging.gate import blind_case
 from moeproof.harness.judging.judge import run_once
 from moeproof.harness.judging.route_check import check_ids, weights_at
 from moeproof.harness.reports import report
@@ -326,7 +327,9 @@ def _check_candidate(candidate: Candidate, case: Case, stored: Dump, folder: Pat
         return verdict(Outcome.FAIL, findings=findings, checked=checked, worst=worst)
     if not results:
         return verdict(Outcome.VACUOUS, reason=f"shows none of topk_ids, {', '.join(STAGED)}")
-    blind = [why for name in results if name in wants and (why := vacuous(name, wants[name]))]
+    # Each tensor is held against the chain from the inputs, whatever else is shown: so the gate looks at each alone.
+    shown = [(name, run.shown[name].dtype) for name in results if name in wants]
+    blind = list(dict.fromkeys(why for one in shown for why in blind_case(case, candidate.claims, (one,), device)))
     if blind:
         return verdict(Outcome.VACUOUS, reason="; ".join(blind), checked=checked, worst=worst)
     return verdict(Outcome.PASS, checked=checked, worst=worst)

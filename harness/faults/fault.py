@@ -16,6 +16,7 @@ Edit = Mapping[str, Callable[..., Any]]
 
 GROUNDS = {
     "layer": "one rank",
+    "quant": "one rank, in each quantised scheme that the class can happen in",
     "world": "three simulated ranks with an all-to-all",
     "tensor": "two tensor-parallel ranks",
     "sequence": "one rank, several calls of one instance",
@@ -37,6 +38,10 @@ class Fault:
     variants: Mapping[str, Edit] = field(default_factory=dict)
     """The class's edits; empty where it is not planted."""
     ground: str = "layer"
+    schemes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Variant -> quantised schemes that it can happen in; empty on grounds that quantise nothing."""
+    least: int = 1
+    """Fewest tokens that can trigger it."""
     random: bool = False
     """Fires by chance: scored by repeats to detection for each p of CHANCES."""
     why_not: str = ""
@@ -49,6 +54,8 @@ class Fault:
             raise ValueError(f"{self.id} must have variants, or say why it has none")
         if self.ground not in GROUNDS:
             raise ValueError(f"{self.id}: ground '{self.ground}' is not known; allowed: {', '.join(GROUNDS)}")
+        if self.ground == "quant" and not all(self.schemes.get(variant) for variant in self.variants):
+            raise ValueError(f"{self.id}: every variant must name the schemes that it can happen in")
 
     @property
     def section(self) -> str:
@@ -58,6 +65,11 @@ class Fault:
     @property
     def planted(self) -> bool:
         return bool(self.variants)
+
+    @property
+    def plantings(self) -> tuple[tuple[str, str], ...]:
+        """(variant, scheme) of everything that is planted; the scheme is empty where nothing is quantised."""
+        return tuple((v, scheme) for v in self.variants for scheme in self.schemes.get(v, ("",)))
 
 
 CHANCES = (0.3, 0.03, 0.003)
@@ -132,7 +144,7 @@ def same(a: Any, b: Any) -> bool:
             return True
         if a.dtype == torch.bool or not a.dtype.is_floating_point:
             return bool(torch.equal(a, b))
-        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+        bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
         return bool(torch.equal(a.view(bits), b.view(bits)))
     if isinstance(a, (tuple, list)):
         return isinstance(b, type(a)) and len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))

@@ -90,6 +90,22 @@ FAULTS: tuple[RankFault, ...] = (
     RankFault("P21", "index map read as a mask", "eager-alltoall", "apply", steps.map_as_mask, stage=Stage.GEMM2),
     RankFault("P22", "rows above a capacity dropped", "eager-alltoall", "prepare", steps.truncates, "routing=hot"),
     RankFault("P23", "a row spills into the next region", "eager-batched-alltoall", "prepare", steps.spills),
+    RankFault(
+        "P24",
+        "scales stay where rows move",
+        "eager-alltoall",
+        "prepare",
+        steps.scales_stay,
+        "H=64,I=64,scheme=fp8_token,values=hetero",
+    ),
+    RankFault(
+        "P25",
+        "scales laid out the other way after the exchange",
+        "eager-alltoall",
+        "prepare",
+        steps.scales_row_major,
+        "H=64,I=64,scheme=mxfp8,values=groups",
+    ),
     RankFault("P26", "old ids behind the received rows", "eager-alltoall", "prepare", steps.tail_ids, where="last"),
     RankFault("P27", "only the first slot is sent", "eager-allgather", "prepare", steps.first_slot),
     RankFault(

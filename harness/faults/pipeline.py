@@ -37,16 +37,13 @@ class Pipeline(RouteSteps, PermuteSteps, GemmSteps, CombineSteps):
         if inputs.logits is not None:
             shown["topk_ids"], shown["topk_weights"] = self.route(inputs)
         x = self.layer_input(inputs)
-        local = self.local_ids(self.pad_tokens(inputs.topk_ids), inputs)
+        local, plan = self.plan_of(inputs)
         if p.layout == "batched":
-            plan = self.plan(local, inputs.w1.shape[0], self.region(local, p), self.region(local, p))
             rows = self.dispatch(x, plan, inputs.topk_ids.shape[1])
             shown["rows"] = rows.view(inputs.w1.shape[0], -1, x.shape[1])
             shown["expert_num_tokens"] = plan.counts.int()
             source = target = torch.where(plan.slots < local.numel(), torch.arange(plan.slots.numel()), -1)
         else:
-            tile = self.tile(local.numel(), inputs.w1.shape[0], p.N)
-            plan = self.plan(local, inputs.w1.shape[0], tile.M)
             if plan.slots.numel():
                 shown |= self.show_plan(plan)
             rows = x
@@ -64,14 +61,23 @@ class Pipeline(RouteSteps, PermuteSteps, GemmSteps, CombineSteps):
         """Arguments as the kernels read them: through their strides."""
         return inputs
 
+    def plan_of(self, inputs: Inputs) -> tuple[Tensor, Plan]:
+        """(local ids of all token rows, the plan of their slots): by region in the batched layout, else sorted in blocks."""
+        local = self.local_ids(self.pad_tokens(inputs.topk_ids), inputs)
+        if inputs.problem.layout == "batched":
+            region = self.region(local, inputs.problem)
+            return local, self.plan(local, inputs.w1.shape[0], region, region)
+        return local, self.plan(local, inputs.w1.shape[0], self.tile(local.numel(), inputs.w1.shape[0], inputs.problem.N).M)
+
     def layer_input(self, inputs: Inputs) -> Tensor:
         """(T, H'): the latent projection and the weight on the input, where the problem has them."""
         x = inputs.hidden_states
         if inputs.latent_down is not None:
             x = (x.float() @ inputs.latent_down.float().T).to(x.dtype)
         if inputs.problem.weight_on_input:
-            w = torch.where(inputs.topk_ids >= 0, inputs.topk_weights, 0.0)
-            x = (x.float() * w).to(x.dtype)
+            routed = inputs.topk_ids >= 0
+            w = torch.where(routed, inputs.topk_weights, 0.0)
+            x = (torch.where(routed, x, 0.0).float() * w).to(x.dtype)  # 0, not -0, where nothing is routed
         return x
 
     def region(self, local: Tensor, p: Problem) -> int:

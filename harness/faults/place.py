@@ -18,7 +18,7 @@ def right_place(finding: Finding, healthy: Shown, faulty: Shown, inputs: Inputs)
     """None where the finding can have no place, or where every live row is changed, so that any would be right."""
     if finding.tensor not in healthy or finding.tensor not in faulty:
         return None
-    if finding.tensor in ("rows", "expert_num_tokens"):
+    if finding.tensor in ("rows", "row_scales", "expert_num_tokens"):
         return _right_expert(finding, healthy, faulty, inputs)
     if finding.token is None:
         return None
@@ -42,11 +42,35 @@ def changed_slots(name: str, healthy: Shown, faulty: Shown, inputs: Inputs) -> T
     if name in ("sorted_slots", "block_expert", "num_padded"):
         count = inputs.topk_ids.numel()
         return (owners(healthy, count) != owners(faulty, count)).any(0).view(inputs.topk_ids.shape)
-    a, b = healthy[name], faulty[name]
+    differs = unlike(healthy[name], faulty[name])
     if name in ("topk_ids", "topk_weights"):
-        return (a != b) & ~(a.isnan() & b.isnan())
-    differs = ((a != b) & ~(a.isnan() & b.isnan())).any(-1)
+        return differs
+    differs = differs.any(-1)
     return differs if differs.dim() == 2 else differs[:, None]
+
+
+def unlike(a: Tensor, b: Tensor) -> Tensor:
+    """bool: which elements differ; one NaN is as good as another. Codes of 8 bits by their bytes."""
+    if a.element_size() == 1:
+        return a.contiguous().view(torch.uint8) != b.contiguous().view(torch.uint8)
+    return (a != b) & ~(a.isnan() & b.isnan())
+
+
+def visible(healthy: Shown, faulty: Shown, inputs: Inputs) -> bool:
+    """Whether a row that exists differs in anything shown."""
+    for name, a in healthy.items():
+        b = faulty[name]
+        if a.shape != b.shape:
+            return True
+        if name in ("rows", "row_scales", "expert_num_tokens") and bool(unlike(a, b).any()):
+            return True  # rows behind the counts are unwritten in both
+        if name in ("rows", "row_scales", "expert_num_tokens") or not a.numel():
+            continue
+        changed = changed_slots(name, healthy, faulty, inputs)
+        whole = changed.shape != inputs.topk_ids.shape or name.startswith("topk")
+        if bool((changed if whole else changed & live_slots(inputs)).any()):
+            return True
+    return False
 
 
 def owners(shown: Shown, count: int) -> Tensor:
@@ -66,7 +90,8 @@ def _right_expert(finding: Finding, healthy: Shown, faulty: Shown, inputs: Input
     a, b = healthy[finding.tensor], faulty[finding.tensor]
     if a.shape != b.shape:
         return None
-    differs = (a.flatten(1) != b.flatten(1)).any(1) if a.dim() > 1 else a != b
+    differs = unlike(a, b)
+    differs = differs.flatten(1).any(1) if differs.dim() > 1 else differs
     if bool(differs.all()) or not bool(differs.any()):
         return None
     local = inputs.problem.local

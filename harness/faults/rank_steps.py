@@ -101,6 +101,18 @@ def spills(right: Right, here: Here, *arguments: Any) -> Prepared:
     return rows, scales, counts, ids, weights
 
 
+def scales_stay(right: Right, here: Here, *arguments: Any) -> Prepared:
+    """Rows have moved, their scales still stand in the order of the row before."""
+    rows, scales, *rest = right(*arguments)
+    return rows, scales.roll(1, 0), *rest
+
+
+def scales_row_major(right: Right, here: Here, *arguments: Any) -> Prepared:
+    """The scales of what arrived are laid out the other way round, in the same shape."""
+    rows, scales, *rest = right(*arguments)
+    return rows, scales.T.contiguous().view(scales.shape), *rest
+
+
 def _silently(right: Right, ids: Tensor, weights: Tensor) -> None:
     """The pair's combine gets back the ids that it returned: it would refuse others, and here nothing else is to tell."""
     pf = right.__self__  # type: ignore[attr-defined]

@@ -83,6 +83,21 @@ def within_deviation(share: float) -> Accept:
     return accept
 
 
+def share_of_want(rtol: float, share: float) -> Accept:
+    """A share of the elements within rtol |want|."""
+    return lambda got, want, _: float(((got - want).abs() <= rtol * want.abs()).double().mean()) >= share
+
+
+def signal_to_noise(decibels: float) -> Accept:
+    """20 log10 of |want| / |error|, over the whole tensor."""
+
+    def accept(got: Tensor, want: Tensor, _: torch.dtype) -> bool:
+        error, signal = float((got - want).norm()), float(want.norm())
+        return error == 0 or signal >= error * 10 ** (decibels / 20)
+
+    return accept
+
+
 def share_both(limit: float, share: float) -> Accept:
     """An element is bad where its absolute and its relative error both exceed the limit."""
 
@@ -113,6 +128,17 @@ RULES: dict[str, Rule] = {
         Rule("DeepEP", "calc_diff(+1) < 5e-6 (bf16)", calc_diff(5e-6, 1.0)),
         Rule("Liger", "test_fused_moe.py bf16: atol 1e-1, rtol 1e-2", close(1e-2, 1e-1)),
         Rule("triton_kernels", "max 2e-2, rms 4e-3 of max(rms, |want|)", max_and_rms(2e-2, 4e-3)),
+        Rule("vLLM block fp8", "test_block_fp8.py: 3.5e-2, 3.5e-2", close(3.5e-2, 3.5e-2)),
+        Rule("vLLM cutlass fp8", "test_cutlass_moe.py: atol 5e-2, rtol 1e-2", close(1e-2, 5e-2)),
+        Rule("vLLM nvfp4", "test_nvfp4_moe.py: 1e-1, 1e-1", close(1e-1, 1e-1)),
+        Rule("vLLM wna16", "test_moe.py: atol 2e-2, rtol 0", close(0.0, 2e-2)),
+        Rule("vLLM mxfp4", "30% on 80%", share_of_want(0.3, 0.8)),
+        Rule("FlashInfer fp8 block", "0.1 + 0.85 |got| on 79%", share_close(0.85, 0.1, 0.79)),
+        Rule("FlashInfer fuzz fp8", "0.15 max + 1e-3 + 85%", of_maximum(0.15, 0.85)),
+        Rule("FlashInfer fuzz nvfp4", "0.15 max + 1e-3 + 10%", of_maximum(0.15, 0.1)),
+        Rule("DeepEP fp8", "calc_diff(+1) < 5e-4", calc_diff(5e-4, 1.0)),
+        Rule("triton_kernels mx", "max 0.4, rms 4e-2 of max(rms, |want|)", max_and_rms(0.4, 4e-2)),
+        Rule("torch scaled_mm", "test_scaled_matmul_cuda.py: SQNR >= 22 dB", signal_to_noise(22.0)),
         Rule("KernelBench", "1e-2, 1e-2", close(1e-2, 1e-2)),
     )
 }

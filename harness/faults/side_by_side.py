@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -11,19 +11,24 @@ import torch
 from moeproof.harness.cases.case import parse_case
 from moeproof.harness.cases.inputs import make_inputs
 from moeproof.harness.faults.catalogue import CATALOGUE, by_id
-from moeproof.harness.faults.fault import Fault, plant
+from moeproof.harness.faults.fault import Fault
+from moeproof.harness.faults.grounds import planted
+from moeproof.harness.faults.hunt import Hunt
+from moeproof.harness.faults.nulls import accepted_by
 from moeproof.harness.faults.pipeline import CLAIMS, Pipeline
-from moeproof.harness.faults.rules import RULES, Rule
-from moeproof.harness.faults.run import Hunt, ground_of
+from moeproof.harness.faults.quant_pipeline import QuantPipeline
+from moeproof.harness.faults.rules import RULES
 from moeproof.harness.faults.suites import Suite, make
-from moeproof.harness.judging.compare import null_kernels
+from moeproof.harness.judging.expect import Expectation, judge_shown
 from moeproof.harness.judging.memory import Poison, guard_inputs
 from moeproof.reference.contract.inputs import Inputs
 from moeproof.reference.oracle.chain import chain
 
 Tensor = torch.Tensor
-SEEDS = (1,)
-"""Of a recipe's inputs; any may catch."""
+SINGLE = ("layer", "world", "tensor", "quant")
+"""Grounds that one call shows."""
+OFF = ("quant", "ranks")
+"""Grounds that a recipe of an unquantised suite has not."""
 
 
 @dataclass(frozen=True)
@@ -37,23 +42,42 @@ class Row:
     accepted: tuple[str, ...]
     nulls: tuple[str, ...] = ()
     """Null kernels that it accepts."""
-    healthy: bool = True
-    """Accepts the healthy pipeline."""
+    false_alarms: int = 0
+    """Inputs on which it rejects the healthy pipeline."""
+    idle: int = 0
+    """Faults that its inputs never triggered: no rule could see them."""
+    ours: int = 0
+    """Faults that our own bounds let through on the same calls, every stage shown."""
 
 
-def _faulty_out(fault: Fault, variant: str, number: int, inputs: Inputs, poison: str | None) -> tuple[Tensor | None, bool]:
-    """(out, fired) of one call; None where the call threw. A router's faults reach the output through its own choice."""
-    pipeline, _ = ground_of(fault, number)
+@dataclass(frozen=True)
+class Shot:
+    """One planting on the very case, memory included, on which the harness caught it: what each rule makes of it."""
+
+    label: str
+    rejected: dict[str, bool]
+    healthy: dict[str, bool]
+
+
+def _well(inputs: Inputs) -> Pipeline:
+    return QuantPipeline() if inputs.problem.quant.quantised else Pipeline()
+
+
+def _faulty_out(
+    fault: Fault, variant: str, number: int, scheme: str, inputs: Inputs, poison: str | None
+) -> tuple[Tensor | None, bool, Mapping[str, Tensor]]:
+    """(out, fired, shown) of one call; None where it threw. A router's faults reach the output through its own choice."""
+    pipeline, _, witness = planted(fault, variant, number, scheme)
     # A copy: some faults write to their arguments.
     inputs = guard_inputs(inputs, poison or "big")[0]
-    witness = plant(pipeline, fault.variants[variant])
     try:
         with Poison(poison) if poison else nullcontext():
             if fault.section == "router":
                 inputs = routed(pipeline, inputs)
-            return pipeline(inputs)["out"].double(), witness.fired > 0
+            shown = pipeline(inputs)
+            return shown["out"].double(), witness.fired > 0, shown
     except Exception:  # an error is a rejection by any suite
-        return None, True
+        return None, True, {}
 
 
 def routed(pipeline: Pipeline, inputs: Inputs) -> Inputs:
@@ -62,24 +86,30 @@ def routed(pipeline: Pipeline, inputs: Inputs) -> Inputs:
     return inputs.map({"topk_ids": ids, "topk_weights": weights})
 
 
-def on_our_inputs(hunts: Sequence[Hunt]) -> list[Row]:
-    """Every rule on the very case, memory included, on which the harness caught each fault. Single calls of one process."""
-    taken = [h for h in hunts if h.caught and not by_id(h.id).random and by_id(h.id).ground in ("layer", "world", "tensor")]
-    verdicts: dict[str, list[tuple[str, bool]]] = {name: [] for name in RULES}
-    unwell: set[str] = set()
-    for h in taken:
-        fault, inputs = by_id(h.id), make_inputs(parse_case(h.case), "cpu")
-        if fault.section == "router":
-            inputs = routed(Pipeline(), inputs)
-        want, dtype = chain(inputs, CLAIMS)["out"].value, inputs.problem.fmt.dtype
-        well = Pipeline()(inputs.map({"hidden_states": inputs.hidden_states.clone()}))["out"].double()
-        got, _ = _faulty_out(fault, h.variant, h.number, inputs, "nan")
-        for rule in RULES.values():
-            rejected = got is None or not rule.accept(got, want, dtype)
-            verdicts[rule.name].append((f"{h.id} {h.variant}".strip(), rejected))
-            if not rule.accept(well, want, dtype):
-                unwell.add(rule.name)
-    return [_row(name, name, results, healthy=name not in unwell) for name, results in verdicts.items()]
+def comparable(hunts: Sequence[Hunt]) -> list[Hunt]:
+    """What a rule on one call of one process can be asked about."""
+    return [h for h in hunts if h.caught and not by_id(h.id).random and by_id(h.id).ground in SINGLE]
+
+
+def shot(h: Hunt) -> Shot:
+    """Every rule on one planting that the harness caught."""
+    fault, inputs = by_id(h.id), make_inputs(parse_case(h.case), "cpu")
+    if fault.section == "router":
+        inputs = routed(Pipeline(), inputs)
+    want, dtype = chain(inputs, CLAIMS)["out"].value, inputs.problem.fmt.dtype
+    well = _well(inputs)(inputs.map({"hidden_states": inputs.hidden_states.clone()}))["out"].double()
+    got, _, _ = _faulty_out(fault, h.variant, h.number, h.scheme, inputs, "nan")
+    rejected = {name: got is None or not rule.accept(got, want, dtype) for name, rule in RULES.items()}
+    return Shot(h.label, rejected, {name: rule.accept(well, want, dtype) for name, rule in RULES.items()})
+
+
+def on_our_inputs(shots: Sequence[Shot]) -> list[Row]:
+    """A row for each rule. Where it rejects the healthy pipeline as well, it has said nothing about the fault."""
+    rows = []
+    for name in RULES:
+        told = [(s.label, s.rejected[name]) for s in shots if s.healthy[name]]
+        rows.append(_row(name, name, told, false_alarms=len(shots) - len(told)))
+    return rows
 
 
 def _row(name: str, rule: str, results: Sequence[tuple[str, bool]], **rest: object) -> Row:
@@ -88,28 +118,27 @@ def _row(name: str, rule: str, results: Sequence[tuple[str, bool]], **rest: obje
 
 
 def on_their_recipe(suite: Suite) -> Row:
-    """A suite's inputs and rule against every planted fault: one call on clean memory.
+    """A suite's inputs and rule against every fault of its scheme: one call on clean memory.
 
-    A fault that the recipe cannot trigger is accepted: nobody would have seen it.
+    A fault that the recipe cannot trigger is accepted: nobody would have seen it. The reference quantises as the pipeline
+    does, which favours suites whose own reference does not.
     """
-    rule = RULES[suite.rule]
-    drawn = [make(suite, seed) for seed in SEEDS]
-    wanted = [chain(inputs, CLAIMS)["out"].value for inputs in drawn]
-    results = []
-    for fault in CATALOGUE:
-        if fault.ground == "ranks":
-            continue  # no suite read here gives a hang a verdict
-        for variant in fault.variants:
-            caught = any(_rejects(rule, fault, variant, i, w) for i, w in zip(drawn, wanted, strict=True))
-            results.append((f"{fault.id} {variant}".strip(), caught))
-    dtype = drawn[0].problem.fmt.dtype
-    nulls = [kind for kind, wrong in null_kernels(wanted[0]).items() if rule.accept(wrong, wanted[0], dtype)]
-    healthy = all(rule.accept(Pipeline()(i)["out"].double(), w, dtype) for i, w in zip(drawn, wanted, strict=True))
-    return _row(suite.name, suite.rule, results, nulls=tuple(nulls), healthy=healthy)
+    rule, inputs = RULES[suite.rule], make(suite, 1)
+    want, dtype = chain(inputs, CLAIMS)["out"].value, inputs.problem.fmt.dtype
+    scheme = "" if suite.scheme == "none" else suite.scheme
+    asked = [f for f in CATALOGUE if (f.ground == "quant" if scheme else f.ground not in OFF)]
+    results, idle, ours = [], 0, 0
+    for fault, variant in [(f, v) for f in asked for v, own in f.plantings if own == scheme]:
+        got, fired, shown = _faulty_out(fault, variant, 1, scheme, inputs, None)
+        rejected = fired and (got is None or not rule.accept(got, want, dtype))
+        results.append((f"{fault.id} {variant}".strip(), rejected))
+        idle += not fired
+        ours += not (fired and (got is None or _out_of_bounds(shown, inputs)))
+    nulls = accepted_by(lambda wrong: rule.accept(wrong, want, dtype), inputs, want)
+    healthy = rule.accept(_well(inputs)(inputs)["out"].double(), want, dtype)
+    return _row(suite.name, suite.rule, results, nulls=nulls, false_alarms=int(not healthy), idle=idle, ours=ours)
 
 
-def _rejects(rule: Rule, fault: Fault, variant: str, inputs: Inputs, want: Tensor) -> bool:
-    got, fired = _faulty_out(fault, variant, 1, inputs, None)
-    if not fired:
-        return False
-    return got is None or not rule.accept(got, want, inputs.problem.fmt.dtype)
+def _out_of_bounds(shown: Mapping[str, Tensor], inputs: Inputs) -> bool:
+    """Whether our own policy rejects any shown tensor."""
+    return any(r.findings for r in judge_shown(shown, Expectation(inputs, CLAIMS))[0].values())

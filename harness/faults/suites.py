@@ -13,12 +13,15 @@ from dataclasses import dataclass, replace
 import torch
 
 from moeproof.harness.cases.generator import Stream
+from moeproof.harness.cases.quant_inputs import quantise_weights, static_scales
 from moeproof.reference.contract.inputs import Inputs
 from moeproof.reference.contract.problem import Problem
 from moeproof.reference.contract.router import Router
 
 Tensor = torch.Tensor
 H, I = 64, 48  # noqa: E741
+QUANTISED_H, QUANTISED_I = 256, 128
+"""Widths that groups of 32 and 128 divide."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Suite:
     out: float
     spread: float = 1.0
     dtype: str = "bf16"
+    scheme: str = "none"
 
 
 SUITES: tuple[Suite, ...] = (
@@ -63,12 +67,30 @@ SUITES: tuple[Suite, ...] = (
     Suite("torch.testing fp32 e8 t2", "torch.testing", 64, 8, 2, 1.0, 1.0, dtype="fp32"),
     Suite("TransformerEngine bf16 e8 t2", "TransformerEngine", 64, 8, 2, 1.0, 1.0),
     Suite("KernelBench bf16 e8 t2", "KernelBench", 64, 8, 2, 1.0, 1.0),
+    # Quantised: the middle of the output rms that docs/tolerances.md measured for the suite, or 1 where it was not.
+    Suite("vLLM block fp8 e8 t2", "vLLM block fp8", 64, 8, 2, 0.5, 0.1, scheme="fp8_block"),
+    Suite("SGLang block fp8 e8 t2", "SGLang mean-rel", 64, 8, 2, 0.5, 0.1, scheme="fp8_block"),
+    Suite("DeepGEMM block fp8 e8 t2", "DeepGEMM fp8", 64, 8, 2, 1.0, 0.26, scheme="fp8_block"),
+    Suite("DeepEP block fp8 e8 t2", "DeepEP fp8", 64, 8, 2, 1.0, 0.26, scheme="fp8_block"),
+    Suite("FlashInfer block fp8 e32 t4", "FlashInfer fp8 block", 64, 32, 4, 1.0, 2.0, scheme="fp8_block"),
+    Suite("FlashInfer fuzz fp8 e32 t4", "FlashInfer fuzz fp8", 64, 32, 4, 1.0, 1.0, scheme="fp8_block"),
+    Suite("vLLM cutlass fp8 token e8 t2", "vLLM cutlass fp8", 64, 8, 2, 0.3, 0.05, scheme="fp8_token"),
+    Suite("vLLM cutlass fp8 tensor e8 t2", "vLLM cutlass fp8", 64, 8, 2, 0.3, 0.05, scheme="fp8_tensor_static"),
+    Suite("torch scaled_mm fp8 token e8 t2", "torch scaled_mm", 64, 8, 2, 1.0, 1.0, scheme="fp8_token"),
+    Suite("vLLM int8 e8 t2", "vLLM fused_moe", 64, 8, 2, 0.3, 0.05, scheme="int8_token"),
+    Suite("vLLM wna16 e8 t2", "vLLM wna16", 64, 8, 2, 0.3, 0.05, scheme="int4_w4a16_zp_g32"),
+    Suite("vLLM nvfp4 e40 t4", "vLLM nvfp4", 64, 40, 4, 0.1, 0.01, scheme="nvfp4"),
+    Suite("FlashInfer fuzz nvfp4 e32 t4", "FlashInfer fuzz nvfp4", 64, 32, 4, 1.0, 1.0, scheme="nvfp4"),
+    Suite("vLLM mxfp4 e8 t2", "vLLM mxfp4", 64, 8, 2, 1.0, 1.0, scheme="mxfp4_w4a8"),
+    Suite("triton_kernels mxfp8 e16 t4", "triton_kernels mx", 64, 16, 4, 1.0, 1.0, scheme="mxfp8"),
 )
 
 
 def make(suite: Suite, seed: int) -> Inputs:
     """Random normals at the suite's scale; weights are softmax over the chosen logits. Clean shapes, nothing else drawn."""
-    p = Problem(T=suite.T, H=H, I=I, E=suite.E, K=suite.K, dtype=suite.dtype, router=Router("softmax", renorm="sum"))
+    wide, deep = (H, I) if suite.scheme == "none" else (QUANTISED_H, QUANTISED_I)
+    router = Router("softmax", renorm="sum")
+    p = Problem(T=suite.T, H=wide, I=deep, E=suite.E, K=suite.K, dtype=suite.dtype, scheme=suite.scheme, router=router)
     dtype = p.fmt.dtype
 
     def normal(name: str, *shape: int) -> Tensor:
@@ -78,16 +100,24 @@ def make(suite: Suite, seed: int) -> Inputs:
     chosen = logits.sort(dim=-1, descending=True, stable=True)
     ids, weights = chosen.indices[:, : p.K], chosen.values[:, : p.K].softmax(-1)
     inputs = Inputs(
-        p,
-        normal("x", p.T, H).to(dtype),
+        replace(p, scheme="none"),
+        normal("x", p.T, wide).to(dtype),
         ids.int(),
         weights.float(),
-        (normal("w1", p.E, 2 * I, H) * (suite.pre / math.sqrt(H))).to(dtype),
-        normal("w2", p.E, H, I).to(dtype),
+        (normal("w1", p.E, 2 * deep, wide) * (suite.pre / math.sqrt(wide))).to(dtype),
+        normal("w2", p.E, wide, deep).to(dtype),
         logits=logits.float(),
     )
     rms = float(_plain(inputs).square().mean().sqrt())
-    return replace(inputs, w2=(inputs.w2.double() * (suite.out / rms)).to(dtype))
+    inputs = replace(inputs, w2=(inputs.w2.double() * (suite.out / rms)).to(dtype))
+    return _quantised(inputs, p) if p.quant.quantised else inputs
+
+
+def _quantised(inputs: Inputs, p: Problem) -> Inputs:
+    """The weights' codes and scales, and the static scales: four times beyond the largest value, where the scheme has them."""
+    made = {n: v for name in ("w1", "w2") for n, v in quantise_weights(getattr(inputs, name).double(), name, p).items()}
+    scales = static_scales(p, "normal", lambda name: Stream(1, f"suite/{name}"), inputs.device)
+    return replace(inputs, problem=p, **made, **scales)
 
 
 def _plain(inputs: Inputs) -> Tensor:

@@ -144,26 +144,3 @@ def null_kernels(value: Tensor, noise: float = 0.1) -> dict[str, Tensor]:
         "rows rolled by one": value.roll(1, 0),
         f"{noise:.0%} noise": value * (1.0 + noise * alternate),
     }
-
-
-def vacuous(name: str, want: Value, noise: float = 0.1) -> str | None:
-    """Why this case cannot judge this tensor: the null kernels that its bounds would accept. None where it can.
-
-    `noise` is the relative size of the noise among them: no rule can reject what legal requantisation does by itself.
-    """
-    if want.bound is None or not want.value.is_floating_point():
-        return None
-    comparable = want.value.isfinite()
-    if want.live is not None:
-        comparable &= want.live.unsqueeze(-1)
-    if not bool(comparable.any()):
-        return None
-    accepted = []
-    for kind, wrong in null_kernels(want.value, noise).items():
-        # Rolling brings in rows that do not exist: those prove nothing.
-        usable = comparable & wrong.isfinite()
-        if bool((wrong == want.value)[usable].all()):
-            continue  # nothing to tell apart: all zero, or a single row
-        if bool(within(wrong, want)[usable].all()):
-            accepted.append(kind)
-    return f"{name} would pass for {', '.join(accepted)}" if accepted else None

@@ -66,7 +66,7 @@ def _rule(
 ) -> Ruling:
     """The first ruling of anything that has one."""
     reason = modes.cannot_run(candidate.backend, device) or _one_rank(case) or candidate.supports(case.problem)
-    if reason := reason or cannot_remember(case, device):
+    if reason := reason or cannot_remember(case, device, candidate.backend):
         return Ruling(Outcome.UNSUPPORTED, reason=reason)
     inputs = inputs_of(case, home(case, device))
     runs: list[Run] = []

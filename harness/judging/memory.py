@@ -76,6 +76,32 @@ class Guarded:
         return None
 
 
+@dataclass(frozen=True)
+class Spread:
+    """A tensor whose rows lie so far apart that only they are real memory: untouched pages between them, no bands."""
+
+    tensor: Tensor
+    name: str
+    content: Tensor
+
+    def damage(self) -> str | None:
+        same = self.tensor.view(torch.int16) == self.content.view(torch.int16)
+        return None if bool(same.all()) else f"{self.name} was modified ({int((~same).sum())} elements differ)"
+
+
+FAR = 1 << 30
+"""Elements from the first to the last beyond which a tensor on the CPU is kept as a Spread."""
+
+
+def spread(t: Tensor, name: str) -> Spread | None:
+    """A copy with the same strides, where these are so large that holes cannot be filled; None for any other tensor."""
+    span = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
+    if t.device.type != "cpu" or span < FAR:
+        return None
+    copy = torch.empty(span + 1, dtype=t.dtype).as_strided(t.shape, t.stride()).copy_(t)
+    return Spread(copy, name, t.clone(memory_format=torch.contiguous_format))
+
+
 def guarded(
     shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device, pattern: str, name: str
 ) -> Guarded:
@@ -96,12 +122,16 @@ def guarded(
     return Guarded(tensor, name, buffer, start, end, torch.cat([buffer[:start], buffer[end:]]))
 
 
-def guard_inputs(inputs: Inputs, pattern: str, device: str | None = None) -> tuple[Inputs, list[Guarded]]:
+def guard_inputs(inputs: Inputs, pattern: str, device: str | None = None) -> tuple[Inputs, list[Guarded | Spread]]:
     """A copy of all tensors, strides kept, holes of strided views poisoned, each between guard bands; on `device` if given."""
     where = inputs.device if device is None else torch.device(device)
     copies: dict[str, Tensor] = {}
-    guards: list[Guarded] = []
+    guards: list[Guarded | Spread] = []
     for name, t in inputs.tensors():
+        if where.type == "cpu" and (far := spread(t, name)):
+            copies[name] = far.tensor
+            guards.append(far)
+            continue
         guard = guarded(tuple(t.shape), t.stride(), t.dtype, where, pattern, name)
         guard.tensor.copy_(t)
         copies[name] = guard.tensor

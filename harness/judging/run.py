@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from moeproof.harness.judging.expect import shapes
-from moeproof.harness.judging.memory import Guarded, Poison, dirty, guard_inputs, overlap
+from moeproof.harness.judging.memory import Guarded, Poison, Spread, dirty, guard_inputs, overlap
 from moeproof.harness.judging.quant_expect import code_dtypes
 from moeproof.harness.verdict import Finding
 from moeproof.reference.contract.candidate import Candidate
@@ -104,7 +104,7 @@ def _wrong_dtype(name: str, t: Tensor, given: Inputs) -> str | None:
     return None if t.dtype in allowed else f"is {t.dtype}, must be {names}"
 
 
-def damage(given: Inputs, shown: Mapping[str, Tensor], guards: list[Guarded], poison: Poison) -> list[Finding]:
+def damage(given: Inputs, shown: Mapping[str, Tensor], guards: list[Guarded | Spread], poison: Poison) -> list[Finding]:
     findings = []
     inplace = given.problem.inplace
     for guard in guards:

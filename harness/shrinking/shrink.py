@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from moeproof.harness import modes
@@ -121,11 +121,11 @@ def shrink(
         ranks = RankAttempts(thing, pair, transport)  # type: ignore[arg-type]
         name = thing if isinstance(thing, str) else ""
         try:
-            return _search(name, ranks, case, max_runs, max_seconds, on_step, ranks.fresh)
+            return search(name, ranks, case, max_runs, max_seconds, on_step, ranks.fresh)
         finally:
             ranks.close()
     if not isinstance(thing, str):
-        return _search("", lambda c, lean: _here(thing, c, device, lean), case, max_runs, max_seconds, on_step, lambda: None)
+        return search("", lambda c, lean: _here(thing, c, device, lean), case, max_runs, max_seconds, on_step)
     child = Child(thing, "device" if modes.default_device() == "cuda" else "interpret", DEADLINE)
 
     def fresh() -> None:
@@ -134,7 +134,7 @@ def shrink(
         child.deadline = DEADLINE
 
     try:
-        return _search(thing, lambda c, lean: _there(child, c, lean), case, max_runs, max_seconds, on_step, fresh)
+        return search(thing, lambda c, lean: _there(child, c, lean), case, max_runs, max_seconds, on_step, fresh)
     finally:
         child.close()
 
@@ -150,15 +150,17 @@ def _there(child: Child, case: Case, lean: bool) -> Verdict:
     return verdict
 
 
-def _search(
+def search(
     name: str,
     attempt: Attempt,
     case: Case,
-    max_runs: int,
-    max_seconds: float,
-    on_step: Callable[[Step], None],
-    fresh: Callable[[], None],
+    max_runs: int = MAX_RUNS,
+    max_seconds: float = MAX_SECONDS,
+    on_step: Callable[[Step], None] = lambda step: None,
+    fresh: Callable[[], None] = lambda: None,
+    simpler_ones: Callable[[Case], Iterator[tuple[str, Case]]] = reductions,
 ) -> Shrunk:
+    """Shrink whatever `attempt` judges. `fresh` is called before a case is confirmed; `simpler_ones` says what is tried."""
     begin = time.perf_counter()
     verdict = attempt(case, False)
     check(verdict.outcome in BAD, f"nothing to shrink: the verdict is {verdict.outcome} on {case}")
@@ -174,7 +176,7 @@ def _search(
 
     while not complete and not spent():
         complete = True
-        for axis, simpler in reductions(small):
+        for axis, simpler in simpler_ones(small):
             if simpler in tried:
                 continue
             if spent():

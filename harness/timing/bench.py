@@ -25,7 +25,7 @@ from moeproof.reference.contract.errors import check
 from moeproof.reference.contract.inputs import Inputs
 
 Tensor = torch.Tensor
-CPU_ROOF = Ceilings(math.nan, math.nan)
+CPU_ROOF = Ceilings(math.nan, math.nan, math.nan)
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def measure(candidates: Sequence[Candidate], works: Sequence[Work], device: str,
         for candidate in candidates:
             reason = modes.cannot_run(candidate.backend, device) or candidate.supports(work.problem)
             if reason:
-                yield Reading(candidate.name, work.model, work.M, work.routing, work.dtype, reason=reason)
+                yield Reading(candidate.name, work.model, work.M, work.routing, work.kind, reason=reason)
                 continue
             # What is claimed of the router and of repetition changes no bound of `out`.
             numeric = replace(candidate.claims, ties="any", total_router=False, deterministic="run")
@@ -112,7 +112,7 @@ def _one(
     device: str,
     options: Options,
 ) -> Reading:
-    head = (candidate.name, work.model, work.M, work.routing, work.dtype)
+    head = (candidate.name, work.model, work.M, work.routing, work.kind)
     calls = [lambda inputs=inputs: out_of(candidate.run(inputs)) for inputs in sets]
     try:
         with Poison("nan"):
@@ -145,7 +145,8 @@ def _reading(
     launch: float = math.nan,
     stages: Mapping[str, float] | None = None,
 ) -> Reading:
-    roof = floor.roof_us(roofs.tflops, roofs.gbs)
+    # Products of two fp8 operands run at twice the rate.
+    roof = floor.roof_us(roofs.fp8_tflops if head[-1].startswith("fp8") else roofs.tflops, roofs.gbs)
     return Reading(
         *head,
         us=time.us,

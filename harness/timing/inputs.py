@@ -26,21 +26,21 @@ ORACLE_BYTES = 8 * 2**30
 
 
 @functools.lru_cache(maxsize=1)
-def _weights(work: Work, device: str) -> tuple[Tensor, Tensor]:
-    inputs = make_inputs(work.case, device)
-    return inputs.w1, inputs.w2
+def _weights(work: Work, device: str) -> dict[str, Tensor]:
+    """w1 and w2, and what belongs to them where they are quantised."""
+    return {name: t for name, t in make_inputs(work.case, device).tensors() if name.startswith(("w1", "w2"))}
 
 
 def make_sets(work: Work, count: int, device: str) -> list[Inputs]:
     """`count` sets of inputs of this point; set 0 holds what make_inputs gives for its case, without the logits."""
     # One token, and the first routing: every point of a model finds the same weights.
-    w1, w2 = _weights(replace(work, M=1, routing="uniform"), device)
+    weights = _weights(replace(work, M=1, routing="uniform"), device)
     p, sets = work.problem, []
     make_x = RECIPES["normal"][0]
     for seed in range(count):
         x = round_to(make_x(p, Stream(seed, "x", device)), p.fmt).to(p.fmt.dtype)
-        ids, weights = routing.make(p, work.routing, "normal", Stream(seed, "routing", device))
-        sets.append(Inputs(problem=p, hidden_states=x, topk_ids=ids, topk_weights=weights, w1=w1, w2=w2))
+        ids, routed = routing.make(p, work.routing, "normal", Stream(seed, "routing", device))
+        sets.append(Inputs(problem=p, hidden_states=x, topk_ids=ids, topk_weights=routed, **weights))
     return sets
 
 

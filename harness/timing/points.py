@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -22,6 +22,17 @@ SIZES = {
     "dsv3full": (256, 8, 7168, 2048),
 }
 """(E, K, H, I). gptoss is its sizes with plain SwiGLU and no bias; dsv3ep8 is one rank's 32 experts, a pair for each row."""
+KINDS = {
+    "bf16": ("bf16", "none"),
+    "fp16": ("fp16", "none"),
+    "fp8b": ("bf16", "fp8_block"),
+    "fp8c": ("bf16", "fp8_token"),
+    "mxfp4": ("bf16", "mxfp4_w4a16"),
+}
+"""(dtype, scheme): what a layer computes in, under the names of the stored peers."""
+KIND_MODELS = {"fp8b": ("mixtral", "qwen3", "dsv3ep8", "dsv3full"), "fp8c": ("mixtral", "qwen3", "gptoss", "dsv3ep8"),
+               "mxfp4": ("qwen3", "gptoss")}  # fmt: skip
+"""Models that the stored peers were timed at."""
 TOKENS = (1, 16, 64, 256, 1024, 4096, 16384)
 FEW_TOKENS = {"dsv3full": (16, 256, 4096, 16384)}
 ZIPF_TOKENS = (64, 1024, 16384)
@@ -35,15 +46,21 @@ class Work:
     model: str
     M: int
     routing: str = "uniform"
-    dtype: str = "bf16"
+    kind: str = "bf16"
+    """A row of KINDS."""
     small: bool = False
     """A scaled twin: for machines without a GPU."""
 
     @property
     def problem(self) -> Problem:
         E, K, H, I = SIZES[self.model]  # noqa: E741  (the project's letter)
-        problem = Problem(T=self.M, H=H, I=I, E=E, K=K, dtype=self.dtype, router=Router.parse("softmax:renorm=sum"))
-        return scaled(problem, self.M, 8, 64) if self.small else problem
+        dtype, scheme = KINDS[self.kind]
+        problem = Problem(T=self.M, H=H, I=I, E=E, K=K, dtype=dtype, router=Router.parse("softmax:renorm=sum"))
+        if self.small:
+            problem = scaled(problem, self.M, 8, 64)
+            # Whole groups of four-bit codes, at any width.
+            problem = replace(problem, H=-(-problem.H // 32) * 32, I=-(-problem.I // 32) * 32)
+        return replace(problem, scheme=scheme)
 
     @property
     def case(self) -> Case:
@@ -57,22 +74,24 @@ def grid(
     models: tuple[str, ...] = (),
     tokens: tuple[int, ...] = (),
     routings: tuple[str, ...] = (),
-    dtype: str = "bf16",
+    kind: str = "bf16",
     small: bool = False,
 ) -> list[Work]:
-    """The points of these models, tokens and routings; without any, the grid of docs/performance.md."""
+    """The points of these models, tokens and routings; without any, those that peers were timed at."""
+    known("kind", kind, KINDS)
     for model in models:
         known("model", model, SIZES)
     for routing in routings:
         known("routing", routing, ROUTINGS)
     check(all(t > 0 for t in tokens), f"tokens {tokens} must be positive")
     points = []
-    for model in models or SIZES:
+    for model in models or KIND_MODELS.get(kind, tuple(SIZES)):
         for routing in routings or ROUTINGS:
             usual = FEW_TOKENS.get(model, TOKENS if routing == "uniform" else ZIPF_TOKENS)
-            if routing == "zipf" and model in FEW_TOKENS and not tokens:
+            # The stored peers have no readings here.
+            if routing == "zipf" and not tokens and (model in FEW_TOKENS or kind in ("fp8c", "mxfp4")):
                 continue
-            points += [Work(model, M, routing, dtype, small) for M in tokens or usual]
+            points += [Work(model, M, routing, kind, small) for M in tokens or usual]
     return points
 
 
@@ -100,5 +119,7 @@ def least(sets: list[Inputs]) -> Least:
         active += hit
         per_expert = p.N * p.H + p.H * p.I
         flops += 2.0 * live.numel() * per_expert
-        nbytes += inputs.w1.element_size() * (hit * per_expert + 2.0 * p.T * p.H)
+        weights = (inputs.w1, inputs.w2, inputs.w1_scale, inputs.w2_scale)
+        stored = sum(w.numel() * w.element_size() for w in weights if w is not None) / inputs.w1.size(0)
+        nbytes += hit * stored + 2.0 * inputs.hidden_states.element_size() * p.T * p.H
     return Least(flops / len(sets), nbytes / len(sets), active / len(sets))

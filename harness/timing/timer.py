@@ -31,6 +31,8 @@ class Ceilings:
 
     tflops: float
     gbs: float
+    fp8_tflops: float = float("nan")
+    """Of e4m3 products with scales of rows and columns; NaN where the GPU has none."""
 
 
 def _timing(samples: Sequence[float]) -> Timing:
@@ -130,7 +132,21 @@ def ceilings() -> Ceilings:
     n = 8192
     a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     product = Graph([lambda: a @ b] * 4).time(0.1, most=12)
+    fp8 = _fp8_product(n)
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     copy = min(once(lambda: target.copy_(source))[1] for _ in range(12))
-    return Ceilings(2.0 * n**3 / (product.us_min * 1e6), 2.0 * source.numel() / (copy * 1e3))
+    return Ceilings(2.0 * n**3 / (product.us_min * 1e6), 2.0 * source.numel() / (copy * 1e3), 2.0 * n**3 / (fp8 * 1e6))
+
+
+def _fp8_product(n: int) -> float:
+    """Microseconds of one n^3 product of e4m3 codes; NaN where this torch or GPU has none."""
+    if torch.cuda.get_device_capability() < (8, 9):
+        return float("nan")
+    a, b = (torch.randn(n, n, device="cuda").to(torch.float8_e4m3fn) for _ in range(2))
+    rows, columns = torch.ones(n, 1, device="cuda"), torch.ones(1, n, device="cuda")
+
+    def call() -> Tensor:
+        return torch._scaled_mm(a, b.T, rows, columns, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+    return Graph([call] * 4).time(0.1, most=12).us_min

@@ -196,9 +196,18 @@ def _blank(p: Problem, device: str) -> Inputs:
         hidden_states=torch.zeros(p.T, p.H, dtype=p.fmt.dtype, device=device),
         topk_ids=ids,
         topk_weights=torch.ones(p.T, p.K, device=device),
-        w1=torch.zeros(p.E, p.N, p.H, dtype=p.fmt.dtype, device=device),
-        w2=torch.zeros(p.E, p.H, p.I, dtype=p.fmt.dtype, device=device),
+        **_zeros("w1", p, (p.E, p.N, p.H), device),
+        **_zeros("w2", p, (p.E, p.H, p.I), device),
     )
+
+
+def _zeros(name: str, p: Problem, shape: tuple[int, int, int], device: str) -> dict[str, torch.Tensor]:
+    """Weights, and their scales where they are quantised."""
+    q = p.quant.w
+    if q is None:
+        return {name: torch.zeros(shape, dtype=p.fmt.dtype, device=device)}
+    scale = torch.zeros(q.scale_shape(*shape), dtype=q.scale_format(p.fmt).dtype, device=device)
+    return {name: torch.zeros(q.code_shape(*shape), dtype=q.format.dtype, device=device), f"{name}_scale": scale}
 
 
 def _compile(work: Work, texts: Sequence[str], device: str) -> dict[str, str]:
@@ -239,7 +248,7 @@ def warm(spec: str, tuning: Tuning, wanted: Mapping[Point, Sequence[str]], jobs:
     models: dict[tuple[str, str], tuple[Work, dict[str, None]]] = {}
     for (work, *_), first in wanted.items():
         texts = [*first, *tuning.compiled(work.problem, len(work.problem.local))]
-        models.setdefault((work.model, work.dtype), (work, {}))[1].update(dict.fromkeys(texts))
+        models.setdefault((work.model, work.kind), (work, {}))[1].update(dict.fromkeys(texts))
     tasks = [(work, list(texts)[share::jobs]) for work, texts in models.values() for share in range(jobs)]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start, initargs=(spec, "device")) as pool:

@@ -72,7 +72,7 @@ def weak(works: Sequence[Work], readings: Path, peers: Peers, candidate: str, be
             times[r["kind"], r["model"], r["routing"], r["M"]] = float(r["us"])
     chosen = set()
     for work in works:
-        key = (work.dtype, work.model, work.routing, work.M)
+        key = (work.kind, work.model, work.routing, work.M)
         best = peers.get(key, {}).get("best", math.inf)
         if best < below * times.get(key, math.inf):
             chosen.add((work.model, work.M))

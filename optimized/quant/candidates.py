@@ -10,11 +10,13 @@ from collections.abc import Callable
 
 import torch
 
-from moeproof.optimized.quant import layer, torch_scaled
+from moeproof.optimized import plans
+from moeproof.optimized.plans import Plan
+from moeproof.optimized.quant import fused, layer, packed, search, torch_scaled
 from moeproof.optimized.quant.experts import Levels, QuantBatchedExperts, QuantExperts
 from moeproof.optimized.quant.multiply import multiplier
 from moeproof.optimized.quant.prepare import QuantBatchedPrepareFinalize, QuantNoEPPrepareFinalize
-from moeproof.reference.contract.candidate import Candidate, Claims, Pair
+from moeproof.reference.contract.candidate import Candidate, Claims, Pair, Tuning
 from moeproof.reference.contract.inputs import Inputs
 from moeproof.reference.contract.modular import FusedMoEPermuteExpertsUnpermute
 from moeproof.reference.contract.problem import Problem
@@ -108,10 +110,48 @@ def _set(name: str, fp8: bool) -> list[Candidate | Pair]:
     ]
 
 
+def _whole(unsupported: Callable[[Problem], str | None]) -> Callable[[Problem], str | None]:
+    """What a fused layer does, among layers in the standard layout."""
+
+    def supports(p: Problem) -> str | None:
+        if not p.quant.quantised:
+            return "quantised schemes only"
+        return unsupported(p) or _layer(_multiplies_fp8(p))(p)
+
+    return supports
+
+
+def _tuning(run_plan: Callable[[Inputs, Plan], dict[str, Tensor]], schemes: tuple[str, ...], fast: bool) -> Tuning:
+    return Tuning(
+        run=lambda inputs, text: run_plan(inputs, Plan.parse(text)),
+        starts=lambda problem, e: [str(plan) for plan in search.starts(problem, e, fast)],
+        axes=search.AXES,
+        vary=lambda text, axis: [str(plan) for plan in search.vary(Plan.parse(text), axis, fast)],
+        compiled=lambda problem, e: [str(plan) for plan in search.compiled(problem, e, fast)],
+        row=lambda problem, e: fused.point(problem, e, fast).model,
+        selectable=lambda: [str(plan) for scheme in schemes for plan in plans.selectable("sm90", scheme + "-fast" * fast)],
+    )
+
+
+def _fused() -> list[Candidate | Pair]:
+    """The fused layers. Those of fp8 codes come with two accumulators: promoted every 128 terms, and the tensor core's own,
+    which most public kernels for scales of tokens and channels use."""
+    aligned = ("topk_ids", "topk_weights", "sorted_slots", "block_expert", "num_padded", "y", "out")
+    fast = Claims(accumulate="fp8_unpromoted", ties="lowest", total_router=True)
+    found: list[Candidate | Pair] = []
+    for name, run, claims in (("triton-fp8-fused", fused.run, CLAIMS[True]), ("triton-fp8-fast", fused.run_fast, fast)):
+        tuning = _tuning(fused.run_plan, fused.SCHEMES, run is fused.run_fast)
+        shows = ("xq", "xs", *aligned)
+        found.append(Candidate(name, run, shows, _whole(fused.unsupported), claims, backend="triton", tuning=tuning))
+    tuning = _tuning(packed.run_plan, (packed.SCHEME,), False)
+    whole = _whole(packed.unsupported)
+    return [*found, Candidate("triton-mxfp4", packed.run, aligned, whole, CLAIMS[False], backend="triton", tuning=tuning)]
+
+
 def quant_candidates() -> list[Candidate | Pair]:
     """All candidates of quantised schemes."""
     shown = ("xq", "xs", "gate_up", "h", "hq", "hs", "y", "out")
     # On an H100 its product without fast accumulation was 1.56 times what promotion every 128 allows.
     claims = Claims(accumulate="fp8_unpromoted")
     torch_s = Candidate("torch-scaled-grouped", torch_scaled.run, shown, torch_scaled.unsupported, claims)
-    return [*_set("triton-fp8", True), *_set("triton-quant", False), torch_s]
+    return [*_set("triton-fp8", True), *_set("triton-quant", False), *_fused(), torch_s]

@@ -25,8 +25,8 @@ class _Sent:
     """What finalize must know of its prepare."""
 
     topk_ids: Tensor
-    row_TK: Tensor
-    """int64: the slot's row of what this rank sent (and gets back), -1 where the slot is not routed."""
+    row_STK: Tensor
+    """int64: the slot's row of what this rank sent each shard (and gets back), -1 where the slot is not routed."""
     counts_RE: list[list[int]]
     """Rows that each rank sends to each expert."""
     region: int
@@ -39,8 +39,8 @@ class BatchedAllToAll(RankPrepareAndFinalize):
 
     A source sends every expert a region of min(max_rows, max_num_tokens * K) rows, used or not. Every live slot takes a row,
     duplicates too. An expert with more than `max_rows` rows raises on all ranks before any row moves. Unreduced rows come
-    back; the source weighs and sums its slots in their order, as one rank alone would. No tensor-parallel shards: a shard's
-    partial row would be rounded to the dtype of the experts.
+    back; the source weighs and sums its slots in their order, as one rank alone would. With tensor-parallel shards a row goes
+    to each shard of its expert; the shards' rows, each rounded to the dtype by its experts, are summed in float32 first.
     """
 
     def __init__(
@@ -55,10 +55,9 @@ class BatchedAllToAll(RankPrepareAndFinalize):
     ) -> None:
         super().__init__(link, grid, max_num_tokens, ids_dtype, scheme, quant1)
         check(max_rows >= 1, f"max_rows={max_rows} must be at least 1")
-        check(grid.tp == 1, f"tp={grid.tp}: the batched exchange returns whole rows, it cannot sum shards")
         self.max_rows = max_rows
-        self._order = [e for rank in range(grid.ranks) for e in grid.local(rank)]
-        """Experts in the order of the regions: by rank, then local index."""
+        self._order = [(grid.tp_rank(rank), e) for rank in range(grid.ranks) for e in grid.local(rank)]
+        """(shard, expert) in the order of the regions: by rank, then local index."""
         self._sent: _Sent | None = None
 
     def facts(self) -> dict[str, object]:
@@ -86,10 +85,10 @@ class BatchedAllToAll(RankPrepareAndFinalize):
         self._check_capacity(counts_RE)
         assert self.max_num_tokens is not None
         region = max(min(self.max_rows, self.max_num_tokens * topk_ids.size(1)), 1)
-        row_TK = self._rows(topk_ids, region)
-        self._sent = _Sent(topk_ids.clone(), row_TK, counts_RE.tolist(), region, a1.size(1))
-        tokens, slots = torch.nonzero(row_TK >= 0, as_tuple=True)
-        where = row_TK[tokens, slots]
+        row_STK = self._rows(topk_ids, region)
+        self._sent = _Sent(topk_ids.clone(), row_STK, counts_RE.tolist(), region, a1.size(1))
+        shards, tokens, slots = torch.nonzero(row_STK >= 0, as_tuple=True)
+        where = row_STK[shards, tokens, slots]
         total = len(self._order) * region
         slot = torch.full((total,), -1, dtype=torch.int32, device=a1.device)
         slot[where] = (tokens * topk_ids.size(1) + slots).to(torch.int32)
@@ -140,8 +139,8 @@ class BatchedAllToAll(RankPrepareAndFinalize):
         assert sent is not None
         send, receive = self._splits(sent.region)
         (back,) = start_exchange(self.link, [rows], receive, send)()
-        y_TKH = back[sent.row_TK.clamp(min=0)]
-        output.copy_(sum_slots(y_TKH, sent.row_TK >= 0, topk_weights, apply_router_weight_on_input))
+        y_TKH = back[sent.row_STK.clamp(min=0)].float().sum(dim=0)
+        output.copy_(sum_slots(y_TKH, sent.row_STK[0] >= 0, topk_weights, apply_router_weight_on_input))
 
     def _check_capacity(self, counts_RE: Tensor) -> None:
         """The same on every rank, since all see the same counts."""
@@ -154,12 +153,13 @@ class BatchedAllToAll(RankPrepareAndFinalize):
             )
 
     def _rows(self, topk_ids: Tensor, region: int) -> Tensor:
-        """int64 (T, K): row of each slot in this rank's message, in (token, slot) order inside a region; -1 where none."""
-        row_TK = torch.full(topk_ids.shape, -1, dtype=torch.int64, device=topk_ids.device)
-        for place, expert in enumerate(self._order):
+        """int64 (S, T, K): row of each slot in this rank's message to each shard, in (token, slot) order inside a region; -1
+        where none."""
+        row_STK = torch.full((self.grid.tp, *topk_ids.shape), -1, dtype=torch.int64, device=topk_ids.device)
+        for place, (shard, expert) in enumerate(self._order):
             here = topk_ids == expert
-            row_TK[here] = place * region + torch.arange(int(here.sum()), device=topk_ids.device)
-        return row_TK
+            row_STK[shard][here] = place * region + torch.arange(int(here.sum()), device=topk_ids.device)
+        return row_STK
 
     def _splits(self, region: int) -> tuple[list[int], list[int]]:
         """(rows to each rank, rows from each rank): they depend on the placement only."""

@@ -30,9 +30,12 @@ def _all_to_all(quant1: str) -> Build:
 
 
 def _batched(quant1: str) -> Build:
-    return lambda inputs, world, link: BatchedAllToAll(
-        link, world.grid, world.problem.rows_per_expert, world.max_tokens, scheme=world.problem.quant, quant1=quant1
-    )
+    def build(inputs: Inputs, world: World, link: Link) -> BatchedAllToAll:
+        # Without sp every rank of a tensor-parallel group sends the tokens that they all hold.
+        rows = world.problem.rows_per_expert * (1 if world.distinct else world.tp)
+        return BatchedAllToAll(link, world.grid, rows, world.max_tokens, scheme=world.problem.quant, quant1=quant1)
+
+    return build
 
 
 def rank_pairs(standard: Supports, batched: Supports, claims: Claims, quant1: str = "source", mark: str = "") -> list[RankPair]:
@@ -50,9 +53,7 @@ def rank_pairs(standard: Supports, batched: Supports, claims: Claims, quant1: st
                 return f"scheme {world.problem.scheme}: each micro-batch would have a scale of {name} of its own"
         return standard(world.problem)
 
-    def whole_rows(world: World) -> str | None:
-        if world.tp > 1:
-            return f"tp={world.tp}: the batched exchange returns whole rows, it cannot sum shards"
+    def in_regions(world: World) -> str | None:
         return batched(world.problem)
 
     gather, exchange, regions = _all_gather(quant1), _all_to_all(quant1), _batched(quant1)
@@ -73,6 +74,6 @@ def rank_pairs(standard: Supports, batched: Supports, claims: Claims, quant1: st
             prepare_finalize=regions,
             experts=batched_experts,
             layout="batched",
-            supports=whole_rows,
+            supports=in_regions,
         ),
     ]

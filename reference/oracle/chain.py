@@ -9,6 +9,7 @@ is undefined: a kernel that stores it goes on with an infinity, one that keeps f
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -69,14 +70,25 @@ def _through_activation(x: Spread, problem: Problem, claims: Claims) -> Spread:
     sigma = x.variance.sqrt()
     if act.gated:
         # Gate and up vary independently: step each by its own sigma, and take the larger side (clamps have kinks).
-        moved = torch.zeros_like(value)
-        for half in (0, 1):
-            step = torch.zeros_like(sigma)
-            activations.split(step, act)[half].copy_(activations.split(sigma, act)[half])
-            moved += _larger_step(x.value, step, value, problem) ** 2
+        gate, up = (_of_half(sigma, half, problem) for half in (0, 1))
+        moved = _larger_step(x.value, gate, value, problem) ** 2 + _larger_step(x.value, up, value, problem) ** 2
+        moved += _both(x.value, SIGMAS * gate, SIGMAS * up, value, problem) ** 2 / SIGMAS**2
     else:
         moved = _larger_step(x.value, sigma, value, problem) ** 2
     return Spread(value, own.variance + moved)
+
+
+def _of_half(sigma: Tensor, half: int, problem: Problem) -> Tensor:
+    """sigma of the gate (0) or of up (1), zero for the other."""
+    step = torch.zeros_like(sigma)
+    activations.split(step, problem.act)[half].copy_(activations.split(sigma, problem.act)[half])
+    return step
+
+
+def _both(x: Tensor, gate: Tensor, up: Tensor, value: Tensor, problem: Problem) -> Tensor:
+    """What both steps move together beyond each alone: all there is where gate and up are 0."""
+    alone = activations.exact(x + gate, problem.act) + activations.exact(x + up, problem.act) - value
+    return activations.exact(x + gate + up, problem.act) - alone
 
 
 def _larger_step(x: Tensor, step: Tensor, value: Tensor, problem: Problem) -> Tensor:
@@ -85,12 +97,12 @@ def _larger_step(x: Tensor, step: Tensor, value: Tensor, problem: Problem) -> Te
     return torch.maximum(up, down)
 
 
-def _weighted(variance_TKA: Tensor, w_eBA: Tensor, local_TK: Tensor) -> Tensor:
-    """Variance (T, K, B) of rows times their expert's weights: variance times squared weights."""
+def _weighted(variance_TKA: Tensor, w: Callable[[int], Tensor], experts: int, rows: int, local_TK: Tensor) -> Tensor:
+    """Variance (T, K, rows) of rows times their expert's weights w(expert): variance times squared weights."""
     T, K = local_TK.shape
-    out = torch.zeros(T, K, w_eBA.shape[1], dtype=torch.float64, device=w_eBA.device)
-    for expert, tokens, slots in by_expert(local_TK, w_eBA.shape[0]):
-        out[tokens, slots] = variance_TKA[tokens, slots] @ (w_eBA[expert].double() ** 2).T
+    out = torch.zeros(T, K, rows, dtype=torch.float64, device=variance_TKA.device)
+    for expert, tokens, slots in by_expert(local_TK, experts):
+        out[tokens, slots] = variance_TKA[tokens, slots] @ (w(expert).double() ** 2).T
     return out
 
 
@@ -102,11 +114,13 @@ def _experts(inputs: Inputs, x: Spread, claims: Claims) -> tuple[Spread, Spread,
     gate_up = _spread(*gemm1_exact(inputs, x.value, claims), p.fmt)
     if bool(x.variance.any()):
         rows = x.variance[:, None, :].expand(*local.shape, -1)
-        gate_up = Spread(gate_up.value, gate_up.variance + _weighted(rows, inputs.w1, local))
+        own = _weighted(rows, inputs.w1.__getitem__, inputs.w1.size(0), inputs.w1.size(1), local)
+        gate_up = Spread(gate_up.value, gate_up.variance + own)
     h = _through_activation(_in_range(gate_up, p.fmt), p, claims)
     read = _in_range(h, p.fmt)
     y = _spread(*gemm2_exact(inputs, read.value, claims), p.fmt)
-    return gate_up, h, Spread(y.value, y.variance + _weighted(read.variance, inputs.w2, local))
+    own = _weighted(read.variance, inputs.w2.__getitem__, inputs.w2.size(0), inputs.w2.size(1), local)
+    return gate_up, h, Spread(y.value, y.variance + own)
 
 
 def quantised_rows(inputs: Inputs) -> Operand:
@@ -127,8 +141,18 @@ def quantised_experts(inputs: Inputs, claims: Claims, rows: Operand) -> tuple[Sp
     else:
         operand, variance = requantised(inputs, read.value, read.variance)
     y = _spread(*grouped(inputs, "w2", operand, inputs.b2, claims, p.hidden), p.fmt)
-    w2 = torch.stack([weight(inputs, "w2", expert).values for expert in range(inputs.w2.shape[0])])
-    return gate_up, h, Spread(y.value, y.variance + _weighted(variance, w2, local))
+    # Decoded one expert at a time: all of a full-size layer in float64 would not fit beside its codes.
+    own = _weighted(variance, lambda expert: weight(inputs, "w2", expert).values, inputs.w2.size(0), p.hidden, local)
+    lost = _leaves_range(gate_up, p.fmt) | _leaves_range(h, p.fmt)
+    if scheme.a2 is not None and not scheme.a2.by_token:
+        lost = lost.any().expand_as(lost)
+    value = torch.where(lost[..., None] & (local >= 0)[..., None], torch.nan, y.value)
+    return gate_up, h, Spread(value, y.variance + own)
+
+
+def _leaves_range(x: Spread, fmt: Format) -> Tensor:
+    """bool (T, K): rows that may hold an infinity where they are stored. What is quantised of one is any code."""
+    return (x.value.abs() + x.allowed > fmt.max).any(dim=-1)
 
 
 def shared_expert(inputs: Inputs, claims: Claims) -> tuple[Tensor, Tensor] | None:

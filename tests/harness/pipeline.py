@@ -1,4 +1,4 @@
-"""A plain float32 MoE pipeline with every stage shown, into which tests plant faults by replacing one stage."""
+"""Whole stages of the plain pipeline (harness/faults) as functions, and a candidate with some of them replaced."""
 
 from __future__ import annotations
 
@@ -7,44 +7,39 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from moeproof.reference.contract import Candidate, Inputs
+from moeproof.harness.faults import Pipeline as Layer
+from moeproof.harness.faults.permute import Plan
+from moeproof.reference.contract import Activation, Candidate, Inputs
 
 Tensor = torch.Tensor
+BLOCK = 4
 
 
 def route(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """softmax, stable top-k, renormalise."""
-    assert inputs.logits is not None
-    scores = inputs.logits.softmax(dim=-1)
-    ids = scores.argsort(dim=-1, descending=True, stable=True)[:, : inputs.problem.K]
-    weights = scores.gather(1, ids)
-    return ids.int(), weights / weights.sum(dim=-1, keepdim=True)
+    return Layer().route(inputs)
+
+
+def _plan(ids: Tensor, experts: int) -> Plan:
+    return Layer().plan(ids.long(), experts, BLOCK)
 
 
 def align(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """Slots sorted by expert, padded to blocks of 4."""
-    flat = inputs.topk_ids.flatten()
-    slots, owners = [], []
-    for expert in range(inputs.w1.shape[0]):
-        mine = (flat == expert).nonzero().flatten().tolist()
-        mine += [flat.numel()] * (-len(mine) % 4)
-        slots += mine
-        owners += [expert] * (len(mine) // 4)
-    return torch.tensor(slots, dtype=torch.int32), torch.tensor(owners, dtype=torch.int32), torch.tensor([len(slots)])
+    """Slots sorted by expert, padded to blocks, without what lies behind the last used block."""
+    plan = _plan(Layer().local_ids(inputs.topk_ids, inputs), inputs.w1.shape[0])
+    return plan.slots[: plan.used].int(), plan.blocks[: plan.used // BLOCK].int(), torch.tensor([plan.used])
 
 
 def gemm(rows: Tensor, w: Tensor, ids: Tensor) -> Tensor:
-    """(T, K, A) x (e, B, A) -> (T, K, B) in the dtype of rows; dead slots are left as they are made."""
-    out = torch.zeros(*ids.shape, w.shape[1], dtype=rows.dtype)
-    for expert in range(w.shape[0]):
-        t, k = torch.nonzero(ids == expert, as_tuple=True)
-        out[t, k] = (rows[t, k].float() @ w[expert].float().T).to(rows.dtype)
-    return out
+    """(T, K, A) x (e, B, A) -> (T, K, B) in the dtype of rows; dead slots are zero."""
+    plan = _plan(torch.where(ids < w.shape[0], ids, -1), w.shape[0])
+    slots = torch.where(plan.slots < ids.numel(), plan.slots, -1)
+    out = torch.zeros(ids.numel(), w.shape[1], dtype=rows.dtype)
+    Layer().grouped_gemm("gemm", rows.flatten(0, 1), slots, w, None, plan, slots, out)
+    return out.view(*ids.shape, w.shape[1])
 
 
 def act(gate_up: Tensor) -> Tensor:
-    g, u = gate_up.float().chunk(2, dim=-1)
-    return (torch.nn.functional.silu(g) * u).to(gate_up.dtype)
+    return Layer().activate(gate_up, Activation())
 
 
 def gemm1(inputs: Inputs) -> Tensor:
@@ -57,9 +52,7 @@ def gemm2(inputs: Inputs, h: Tensor) -> Tensor:
 
 
 def combine(inputs: Inputs, y: Tensor) -> Tensor:
-    live = (inputs.topk_ids >= 0)[:, :, None]
-    weighted = torch.where(live, inputs.topk_weights[:, :, None] * y.float(), 0.0)
-    return weighted.sum(dim=1).to(y.dtype)
+    return Layer().combine(inputs, y, inputs.topk_weights)
 
 
 @dataclass(frozen=True)

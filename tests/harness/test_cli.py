@@ -118,7 +118,7 @@ def test_workers_give_the_same_verdicts(
         (["replay", LINE, "--candidate", "json:__version__"], "a candidate is a callable"),
         (["replay", LINE, "--candidate", "no_such_module:f"], "no_such_module cannot be imported"),
         (["replay", LINE, "--mode", "sideways"], "mode 'sideways' is not known; allowed: auto, interpret, device"),
-        (["verify", "--tier", "huge"], "tier 'huge' is not known; allowed: quick, full, soak"),
+        (["verify", "--tier", "huge"], "tier 'huge' is not known; allowed: quick, default, full, soak"),
         (["verify", "--model", "mixtral-8x7b", "--dtype", "fp4"], "dtype 'fp4' is not known"),
         (["verify", "--model", "mixtral-8x7b", "--tier", "quick"], "give one of --model, --case, --tier and --random"),
     ],

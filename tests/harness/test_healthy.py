@@ -8,7 +8,7 @@ from moeproof.harness.cases.case import LOGITS, ROUTINGS, Case, parse_case
 from moeproof.harness.cases.sample import SAMPLED_VALUES, draw
 from moeproof.harness.cases.tiers import TIERS, cases_of
 from moeproof.harness.faults.fault import Fault
-from moeproof.harness.faults.run import ground_of, judged
+from moeproof.harness.faults.grounds import ground_of, judged, vacuous
 from moeproof.harness.judging.judge import judge
 from moeproof.harness.registry import find_candidates
 from moeproof.harness.verdict import Outcome
@@ -48,10 +48,11 @@ def test_every_seed_draws_a_case_that_reads_back() -> None:
 
 
 def test_tiers_contain_each_other() -> None:
-    quick, full = (cases_of(t) for t in ("quick", "full"))
+    quick, default, full = (cases_of(t) for t in ("quick", "default", "full"))
     assert full[: len(quick)] == quick
     assert len(full) > 200
-    assert list(TIERS) == ["quick", "full", "soak", "sweep"]
+    assert list(TIERS) == ["quick", "default", "full", "soak", "far", "sweep"]
+    assert full[: len(default)] == default and default[: len(quick)] == quick
 
 
 def test_the_sample_covers_every_recipe_and_feature() -> None:
@@ -74,3 +75,7 @@ def test_the_pipelines_that_faults_are_planted_in_are_healthy(kind: str) -> None
         pipeline, thing = ground_of(blank, number)
         verdict = judged(blank, pipeline, thing, case)
         assert verdict.outcome in (Outcome.PASS, Outcome.UNSUPPORTED), verdict
+
+
+def test_no_case_of_the_default_tier_is_vacuous() -> None:
+    assert not [str(case) for case in cases_of("default")[16:] if vacuous(case)]

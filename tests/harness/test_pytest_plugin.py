@@ -46,7 +46,7 @@ def test_failure_shows_finding_and_replay_line(project: pytest.Pytester) -> None
 
 
 def test_quick_tier_under_xdist(project: pytest.Pytester) -> None:
-    result = project.runpytest_subprocess("--moe-backend", "moe", "-n", "2", "-q")
+    result = project.runpytest_subprocess("--moe-backend", "moe", "--moe-tier", "quick", "-n", "2", "-q")
     outcomes = result.parseoutcomes()
 
     assert outcomes.get("passed", 0) >= 10

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ import torch
 
 from moeproof.harness.cases.case import HISTORIES, RELATIONS, parse_case
 from moeproof.harness.cases.inputs import make_inputs
+from moeproof.harness.judging.history import cannot_remember
 from moeproof.harness.judging.judge import judge
 from moeproof.harness.judging.memory import overlap
 from moeproof.harness.registry import load_candidates
@@ -139,7 +141,28 @@ def test_what_needs_a_gpu_says_so(history: str) -> None:
 
     assert verdict.outcome is Outcome.UNSUPPORTED
     assert "needs an NVIDIA GPU" in verdict.reason
-    assert "needs an NVIDIA GPU" in judge(Candidate("right", right), parse_case(f"{LAYER},huge=1"), "cpu").reason
+
+
+def test_far_offsets_run_in_plain_torch_and_say_where_they_cannot() -> None:
+    case = parse_case("T=3,H=16,I=8,E=3,K=2,huge=1,seed=1")
+    x = make_inputs(case).hidden_states
+
+    assert (x.shape[0] - 1) * x.stride(0) >= 2**31
+    assert judge(Candidate("right", right), case, "cpu").outcome is (
+        Outcome.PASS if sys.platform != "win32" else Outcome.UNSUPPORTED
+    )
+    assert "needs an NVIDIA GPU" in str(cannot_remember(case, "cpu", "triton"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="an address space of 60 GB counts as memory there")
+def test_damage_to_far_rows_is_seen() -> None:
+    def damages(inputs: Inputs) -> torch.Tensor:
+        out = right(inputs)
+        inputs.hidden_states[2, 3] += 1
+        return out
+
+    verdict = judge(Candidate("damages", damages), parse_case("T=3,H=16,I=8,E=3,K=2,huge=1,seed=1"), "cpu")
+    assert "hidden_states was modified" in verdict.findings[0].message
 
 
 def test_an_output_that_shares_memory_is_found() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from moeproof.harness import cli
+from moeproof.harness.faults.catalogue import by_id
 from moeproof.harness.faults.rules import RULES
 from moeproof.harness.faults.suites import SUITES, make
 
@@ -26,17 +27,20 @@ def _run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 def test_one_class_as_json_and_as_a_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code = _run(monkeypatch, "--class", "P67", "--class", "P40", "--json", "--output", str(tmp_path))
+    code = _run(monkeypatch, "--class", "P67", "--class", "P15", "--json", "--jobs", "1", "--output", str(tmp_path))
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
     assert code == 0
     assert set(lines[-1]) == set(KEYS.split())
-    assert (lines[-1]["planted"], lines[-1]["caught"], lines[-1]["right_stage"], lines[-1]["twins_alarmed"]) == (1, 1, 1, 0)
+    assert (lines[-1]["planted"], lines[-1]["caught"], lines[-1]["right_stage"], lines[-1]["twins_alarmed"]) == (2, 2, 2, 0)
     assert lines[0]["id"] == "P67" and lines[0]["finding"].startswith("COMBINE out")
+    shrunk = {line["shrunk"]: line for line in lines if "shrunk" in line}
+    assert shrunk["P67"]["tokens"] == 1 and shrunk["P15"]["scheme"] == "fp8_tensor"
     page = (tmp_path / "faults.md").read_text(encoding="utf-8")
     assert "| P67 unpermute.weight_slot_mismatch |" in page
-    assert "2^31" in page, "a class that is not planted says why"
-    assert json.loads((tmp_path / "results" / "faults-cpu.json").read_text(encoding="utf-8"))["not_planted"].keys() == {"P40"}
+    written = json.loads((tmp_path / "results" / "faults-cpu.json").read_text(encoding="utf-8"))
+    assert written["not_planted"] == {} and written["default_tier"]["caught"] == 2
+    assert {h["scheme"] for h in written["hunts"] if h["id"] == "P15"} == set(by_id("P15").schemes[""])
 
 
 def test_an_unknown_class_gets_one_clear_message(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -63,7 +67,7 @@ def test_rules_have_the_blind_spots_that_were_measured() -> None:
     assert not RULES["triton_kernels"].accept(one_bad, want, torch.bfloat16)
 
 
-@pytest.mark.parametrize("suite", [s for s in SUITES if s.E <= 32], ids=lambda s: s.name)
+@pytest.mark.parametrize("suite", [s for s in SUITES if s.E <= 32 and s.scheme == "none"], ids=lambda s: s.name)
 def test_a_recipe_has_the_magnitudes_it_is_known_by(suite: object) -> None:
     inputs = make(suite, 1)  # type: ignore[arg-type]
     gate = inputs.hidden_states.double() @ inputs.w1[0].double().T

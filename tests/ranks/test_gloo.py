@@ -52,7 +52,7 @@ def test_other_problems_within_their_bounds(gloo: GlooRanks, name: str, extra: s
     assert not findings(expectation(line, name), shown)
 
 
-@pytest.mark.parametrize("name", [n for n in PAIRS if PAIRS[n].layout == "standard"])
+@every_pair
 @pytest.mark.parametrize("extra", ["tp=2,spread=uneven", "tp=2,sp=1,spread=uneven", "tp=4,sp=1", "tp=4,expert_bias=1"])
 def test_tensor_parallel_shards(gloo: GlooRanks, name: str, extra: str) -> None:
     line = line_for(name, 4, "values=normal,routing=minus1", extra)

@@ -14,6 +14,8 @@ from moeproof.reference.contract.stages import Stage
 
 Tensor = torch.Tensor
 HANGS = (Stage.DISPATCH, Stage.COMBINE)
+LEAST = 13
+"""Tokens of which the uneven split (5 : 2 : 1) first gives one rank more than a chunk of 8."""
 
 
 def _idle_skips(late: bool) -> Any:
@@ -58,6 +60,7 @@ FAULTS = (
         HANGS,
         {"": {"algorithm": lambda right, _, sizes, rank: "dispatch" if sizes[rank] > CHUNK else "gather"}},
         ground="ranks",
+        least=LEAST,
     ),
     Fault(
         "P80",
@@ -67,6 +70,7 @@ FAULTS = (
         HANGS,
         {"": {"rounds": lambda right, _, sizes, rank: rounds_of(sizes[rank])}},
         ground="ranks",
+        least=LEAST,
     ),
     Fault(
         "P81",

@@ -6,13 +6,16 @@ from typing import Any
 
 import torch
 
-from moeproof.harness.faults.catalogue.quantise import NO_SCHEME
+from moeproof.harness.faults.catalogue import scales
+from moeproof.harness.faults.catalogue.quantise import quant_fault
 from moeproof.harness.faults.fault import Fault
 from moeproof.reference.contract.stages import Stage
 
 Tensor = torch.Tensor
 MAPS = (Stage.PERMUTE, Stage.DISPATCH)
 """The plan of the standard layout, the counts and rows of the batched one."""
+
+MOVED = (Stage.DISPATCH, Stage.GEMM1)
 
 
 def _wraps(right: Tensor, _: Any, table: Tensor, ids: Tensor, routed: Tensor) -> Tensor:
@@ -29,8 +32,8 @@ def _as_mask(right: Tensor, _: Any, table: Tensor, ids: Tensor, routed: Tensor) 
 
 
 def _capacity(flat: Tensor, num_experts: int) -> int:
-    """The usual factor: a quarter more than an even share."""
-    return max(-(-5 * flat.numel() // (4 * num_experts)), 1)
+    """The usual factor: a quarter more than an even share of the routed slots."""
+    return max(-(-5 * int((flat >= 0).sum()) // (4 * num_experts)), 1)
 
 
 def _position(right: Tensor, flat: Tensor, starts: Tensor) -> Tensor:
@@ -90,21 +93,26 @@ FAULTS = (
         MAPS,
         {"": {"place": _spill}},
     ),
-    Fault(
+    quant_fault(
         "P24",
         "dispatch.scale_left_behind",
         "sglang#31529",
         "quantised dispatch",
-        (Stage.DISPATCH,),
-        why_not=NO_SCHEME,
+        MOVED,
+        {
+            "scales keep their order": ({"move_scales": scales.scales_stay}, scales.in_x(lambda q: q.by_token)),
+            "codes quantised again": ({"requantised": scales.codes_requantised}, scales.in_x(lambda q: not q.static)),
+        },
+        note="the standard layout shows no dispatched rows: GEMM1 is the first that goes wrong there",
     ),
-    Fault(
+    quant_fault(
         "P25",
         "dispatch.layout_after_a2a",
         "vllm#49335",
-        "R > 1 and a tiled-scale format",
-        (Stage.DISPATCH,),
-        why_not=NO_SCHEME,
+        "R > 1 and a format whose kernel wants scales in a layout of its own",
+        MOVED,
+        {"": ({"lay_out": scales.layout_kept}, scales.in_x(scales.grouped))},
+        note="one rank of an expert-parallel world; the imagined kernel reads scales column by column",
     ),
     Fault(
         "P26",

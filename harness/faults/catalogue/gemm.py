@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 
-from moeproof.harness.faults.catalogue.quantise import NO_SCHEME
+from moeproof.harness.faults.catalogue import scales
+from moeproof.harness.faults.catalogue.quantise import quant_fault
 from moeproof.harness.faults.fault import Fault
 from moeproof.reference.contract.stages import Stage
 
 Tensor = torch.Tensor
 G1, G2, C = (Stage.GEMM1,), (Stage.GEMM2,), (Stage.COMBINE,)
-HUGE = "needs operands whose rows lie 2^31 elements apart; the case list has no such strides yet"
+FAR = "row * stride >= 2^31"
+WRAPPED = "an offset that wraps leaves the allocation: what it reads is unwritten memory here, and a fault on a device"
 
 
 def only(name: str, wrong: Callable[..., Any]) -> Callable[..., Any]:
@@ -32,6 +34,22 @@ def _unmasked_tail(right: Any, _: Any, name: str, a: Tensor, w: Tensor, tile: An
     if not more or not a.shape[0]:
         return right
     return torch.cat([a, _next_row(a, more)], -1), torch.cat([w, _next_row(w, more)], -1)
+
+
+def _wrapped(t: Tensor) -> Tensor:
+    """Rows (or experts) whose offset does not fit 32 bits are read from somewhere else."""
+    far = torch.arange(t.shape[0]) * t.stride(0) >= 2**31
+    if not bool(far.any()):
+        return t
+    return torch.where(far.view(-1, *[1] * (t.dim() - 1)), torch.empty(t.shape, dtype=t.dtype), t)
+
+
+def _wrapped_rows(right: Any, _: Any, name: str, a: Tensor, w: Tensor, tile: Any) -> Any:
+    return _wrapped(a), w
+
+
+def _wrapped_experts(right: Any, _: Any, name: str, a: Tensor, w: Tensor, tile: Any) -> Any:
+    return a, _wrapped(w)
 
 
 def _overhang(right: Tensor, _: Any, name: str, width: int, tile: Any) -> Tensor:
@@ -89,14 +107,34 @@ FAULTS = (
         G1,
         {"": {"columns": only("gemm1", _overhang)}},
     ),
-    Fault("P40", "gemm1.int32_offset", "sglang#4727, Liger-Kernel#1248, vllm#45884", "row * stride >= 2^31", G1, why_not=HUGE),
     Fault(
+        "P40",
+        "gemm1.int32_offset",
+        "sglang#4727, Liger-Kernel#1248, vllm#45884",
+        FAR,
+        G1,
+        {
+            "rows of x": {"k_operands": only("gemm1", _wrapped_rows)},
+            "experts of w1": {"k_operands": only("gemm1", _wrapped_experts)},
+        },
+        note=WRAPPED,
+    ),
+    quant_fault(
         "P41",
         "gemm1.scale_window",
         "rocm-libraries#7920, vllm#6502, #43506",
         "BK != G, distinct group scales",
         G1,
-        why_not=NO_SCHEME,
+        {
+            "a tiles shorter than a group": (
+                {"product": scales.window(64)},
+                scales.in_w(lambda q: q.group in ((1, 128), (128, 128))),
+            ),
+            "b tiles longer than a group": (
+                {"product": scales.window(128)},
+                scales.in_w(lambda q: q.group in ((1, 16), (1, 32), (1, 64))),
+            ),
+        },
     ),
     Fault(
         "P42",
@@ -122,7 +160,14 @@ FAULTS = (
         G1,
         {"": {"clear_partial": lambda right, _, buffer: buffer}},
     ),
-    Fault("P45", "gemm1.tail_scale_oob", "triton#10772", "K tail and a dirty neighbour", G1, why_not=NO_SCHEME),
+    quant_fault(
+        "P45",
+        "gemm1.tail_scale_oob",
+        "triton#10772",
+        "K tail and a dirty neighbour",
+        G1,
+        {"": ({"product": scales.tail_scale_oob}, scales.in_w(lambda q: q.ragged and scales.grouped(q)))},
+    ),
     Fault(
         "P46",
         "gemm1.small_group_spill",
@@ -183,5 +228,13 @@ FAULTS = (
         G2,
         {"": {"owners": only("gemm2", _finer_blocks)}},
     ),
-    Fault("P64", "gemm2.int32_offset", "sonic-moe#52, sglang#4856", "row * stride >= 2^31", G2, why_not=HUGE),
+    Fault(
+        "P64",
+        "gemm2.int32_offset",
+        "sonic-moe#52, sglang#4856",
+        FAR,
+        G2,
+        {"": {"k_operands": only("gemm2", _wrapped_experts)}},
+        note=WRAPPED,
+    ),
 )

@@ -41,7 +41,7 @@ def _flag_still_set(right: Tensor, self: Any, y: Tensor, w: Tensor, start: int) 
 
 def _live_padding(right: Tensor, self: Any, ids: Tensor) -> Tensor:
     """Padding rows hold what an earlier replay left in them."""
-    kept = self.frozen("batch", torch.cat([ids, ids, ids])[: right.shape[0]]) if ids.shape[0] > 7 else right
+    kept = self.frozen("batch", ids.repeat(8, 1)[: right.shape[0]]) if ids.shape[0] else right
     return torch.where(torch.arange(right.shape[0])[:, None] < ids.shape[0], right, kept[: right.shape[0]])
 
 

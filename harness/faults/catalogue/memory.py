@@ -56,6 +56,7 @@ FAULTS = (
         (Stage.COMBINE,),
         {"": {"chunk": _first_chunk_shape}},
         note="planted in the reduction, which works in chunks of 16 tokens",
+        least=17,
     ),
     Fault(
         "P85",
@@ -114,7 +115,9 @@ FAULTS = (
         "mem.wrong_stream",
         "MoE-Infinity#80, #197",
         "side stream",
-        CALL,
-        why_not="needs a device with streams: this ground runs on the CPU",
+        (Stage.COMBINE,),
+        {"": {"stream": lambda right, _: "default"}},
+        note="the last kernel, on two simulated streams: the caller waits for its own and reads what nobody has written yet; "
+        "on a device see tests/cuda/test_wrong_stream.py",
     ),
 )

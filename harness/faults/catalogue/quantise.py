@@ -1,29 +1,147 @@
-"""P11-P18 and P56-P59: faults of QUANT1 and QUANT2. None is planted before the oracle has quantised schemes."""
+"""P11-P18 and P56-P59: faults of QUANT1 and QUANT2, in every scheme that they can happen in."""
 
 from __future__ import annotations
 
-from moeproof.harness.faults.fault import Fault
+import torch
+
+from moeproof.harness.faults.catalogue import scales as s
+from moeproof.harness.faults.fault import Edit, Fault
 from moeproof.reference.contract.stages import Stage
 
-NO_SCHEME = "the plain pipeline quantises nothing; planted scheme by scheme in tests/harness/test_quant_faults.py instead"
-_Q1, _Q2 = (Stage.QUANT1,), (Stage.QUANT2,)
+X, H, G1, G2 = (Stage.QUANT1,), (Stage.QUANT2,), (Stage.GEMM1,), (Stage.GEMM2,)
 
 
-def _row(number: str, name: str, stands_for: str, trigger: str, blame: tuple[Stage, ...]) -> Fault:
-    return Fault(number, name, stands_for, trigger, blame, why_not=NO_SCHEME)
+def quant_fault(
+    number: str,
+    name: str,
+    stands_for: str,
+    trigger: str,
+    blame: tuple[Stage | None, ...],
+    variants: dict[str, tuple[Edit, tuple[str, ...]]],
+    note: str = "",
+) -> Fault:
+    """A row whose variants each name their schemes."""
+    edits = {variant: edit for variant, (edit, _) in variants.items()}
+    names = {variant: schemes for variant, (_, schemes) in variants.items()}
+    return Fault(number, name, stands_for, trigger, blame, edits, "quant", schemes=names, note=note)
 
 
 FAULTS = (
-    _row("P11", "quant.zero_block_nan", "kernels-community#681, lmdeploy#3652", "an all-zero group or row", _Q1),
-    _row("P12", "quant.scale_order", "vllm#53338, flashinfer#1358, vllm#43277", ">= 2 rows and groups, scales differ", _Q1),
-    _row("P13", "quant.e8m0_rounding", "mlx#4353, vllm#43557, sglang#31210, ao#4725", "amax at or next to 2^k", _Q1),
-    _row("P14", "quant.granularity_collapse", "vllm#39022", "rows of different magnitude", _Q1),
-    _row("P15", "quant.max_constant", "ROCm/TransformerEngine#485, sgl-kernel-npu#600", "any", _Q1),
-    _row("P16", "quant.padding_in_amax", "vllm#50511", "padding rows with garbage", _Q1),
-    _row("P17", "quant.global_scale_lost", "flashinfer#3548", "global scale != 1", _Q1),
-    _row("P18", "quant.scale_dtype_reinterpreted", "sglang#26306", "packed exponents against float32", _Q1),
-    _row("P56", "requant.static_scale_ignored", "vllm#52868", "static scale far from amax", _Q2),
-    _row("P57", "requant.padded_row_nan", "sgl-project/DeepGEMM#63", "padding rows", _Q2),
-    _row("P58", "requant.row_scale_shift", "class of vllm#53338", "rows of different magnitude", _Q2),
-    _row("P59", "requant.scheme_by_m", "aiter#3741", "M across the threshold", _Q2),
+    quant_fault(
+        "P11",
+        "quant.zero_block_nan",
+        "kernels-community#681, lmdeploy#3652",
+        "an all-zero group or row",
+        X,
+        {"": ({"quant1": s.zero_block_nan}, s.in_x(lambda q: q.rule == "amax" and q.by_token))},
+    ),
+    quant_fault(
+        "P12",
+        "quant.scale_order",
+        "vllm#53338, flashinfer#1358, vllm#43277",
+        ">= 2 rows and groups, scales differ",
+        (*X, *G1),
+        {
+            "x": ({"quant1": s.scale_order}, s.in_x(s.grouped)),
+            "weights": ({"load_weights": s.weight_scale_order}, s.in_w(lambda q: s.grouped(q) and q.by_token)),
+        },
+    ),
+    quant_fault(
+        "P13",
+        "quant.e8m0_rounding",
+        "mlx#4353, vllm#43557, sglang#31210, ao#4725",
+        "a, b: ordinary data; c, d: amax at or next to 2^k",
+        X,
+        {
+            "a nearest": ({"quant1": s.power_rule(s.nearest_exponent)}, s.in_x(s.is_mx)),
+            "b floor of the ratio": ({"quant1": s.power_rule(s.floor_of_ratio)}, s.in_x(s.is_mx)),
+            "c one off at a power": (
+                {"quant1": s.power_rule(s.one_off_at_a_power)},
+                s.in_x(lambda q: q.rule == "round_up"),
+            ),
+            "d amax in few bits": ({"quant1": s.power_rule(s.amax_in_few_bits)}, s.in_x(s.is_mx)),
+        },
+    ),
+    quant_fault(
+        "P14",
+        "quant.granularity_collapse",
+        "vllm#39022",
+        "rows of different magnitude",
+        X,
+        {"": ({"quant1": s.granularity_collapse}, s.in_x(lambda q: q.by_token))},
+    ),
+    quant_fault(
+        "P15",
+        "quant.max_constant",
+        "ROCm/TransformerEngine#485, sgl-kernel-npu#600",
+        "any",
+        X,
+        {"": ({"quant1": s.other_maximum}, s.in_x(lambda q: q.rule == "amax" and not q.static))},
+    ),
+    quant_fault(
+        "P16",
+        "quant.padding_in_amax",
+        "vllm#50511",
+        "slots of -1 and dirty memory",
+        H,
+        {"": ({"clear_dead": lambda right, _, h, live: h}, s.in_h(lambda q: not q.by_token and not q.static))},
+        note="planted in QUANT2, whose rows of dead slots nobody writes; all rows of x are written",
+    ),
+    quant_fault(
+        "P17",
+        "quant.global_scale_lost",
+        "flashinfer#3548",
+        "global scale != 1",
+        G1,
+        {"": ({"load_rows": s.without_global}, s.in_x(lambda q: q.two_level))},
+        note="the codes are right; GEMM1, which divides them back, is not",
+    ),
+    quant_fault(
+        "P18",
+        "quant.scale_dtype_reinterpreted",
+        "sglang#26306",
+        "packed exponents read as numbers, or numbers as exponents",
+        G1,
+        {
+            "exponents as numbers": ({"load_rows": s.rows_scaled("gemm1", lambda t: torch.log2(t) + 127)}, s.in_x(s.is_mx)),
+            "numbers as exponents": (
+                {"load_rows": s.rows_scaled("gemm1", lambda t: torch.exp2(torch.floor(torch.log2(t))))},
+                s.in_x(lambda q: q.scale == "fp32"),
+            ),
+        },
+        note="the scales are right as they are stored; GEMM1 reads them as something else",
+    ),
+    quant_fault(
+        "P56",
+        "requant.static_scale_ignored",
+        "vllm#52868",
+        "static scale far from amax",
+        H,
+        {"": ({"quant2": s.dynamic}, s.in_h(lambda q: q.static and not q.two_level))},
+    ),
+    quant_fault(
+        "P57",
+        "requant.padded_row_nan",
+        "sgl-project/DeepGEMM#63",
+        "rows of zeros",
+        H,
+        {"": ({"quant2": s.zero_rows_nan}, s.in_h(lambda q: q.by_token))},
+    ),
+    quant_fault(
+        "P58",
+        "requant.row_scale_shift",
+        "class of vllm#53338",
+        "rows of different magnitude",
+        G2,
+        {"": ({"load_rows": s.rows_scaled("gemm2", lambda t: t.roll(1, 0))}, s.in_h(lambda q: q.by_token))},
+        note="the scales are stored right and read one row off: GEMM2 is the stage that is wrong",
+    ),
+    quant_fault(
+        "P59",
+        "requant.scheme_by_m",
+        "aiter#3741",
+        f"fewer than {s.FEW_ROWS} rows",
+        H,
+        {"": ({"quant2": s.by_tensor_if_small}, s.in_h(lambda q: q.by_token and q.rule == "amax"))},
+    ),
 )

@@ -1,0 +1,386 @@
+"""Time every tile that the fused quantised layers may use, product by product, at work points of `moeproof bench` (NVIDIA GPU).
+
+    PYTHONPATH=src python ci/quant_probe.py RESULTS.json [--jobs 30] [--seconds 140]
+
+A layer is the sum of its kernels, and GEMM1 and GEMM2 choose their tiles apart (but for the height): this needs far fewer
+launches than a search over whole layers, and says which formulation wins. Each tile's result is compared with float32 products
+of decoded values on sampled rows before its time counts. Codes are random; a kernel's time does not depend on a quantiser.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+import multiprocessing
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from moeproof.harness.reports import results
+from moeproof.harness.timing.points import SIZES
+from moeproof.harness.timing.timer import Graph
+from moeproof.optimized.align import Alignment
+from moeproof.optimized.quant import fused_gemm, packed_gemm
+from moeproof.optimized.quant.fused_gemm import down, gate_up_act, requantises
+from moeproof.optimized.quant.rows import code_rows, quantise_rows
+from moeproof.optimized.quant.search import strips, tiles
+from moeproof.optimized.quant.vector import vector_down, vector_gate_up_act
+from moeproof.optimized.slots import Slots
+from moeproof.optimized.tiles import Tile
+from moeproof.optimized.vector import Strip
+from moeproof.reference.contract import SCHEMES, Activation
+from moeproof.reference.contract.schemes import Quantiser
+
+Tensor = torch.Tensor
+E4M3, BF16, SILU, MXFP4 = torch.float8_e4m3fn, torch.bfloat16, Activation(), "mxfp4_w4a16"
+GROUPS = (1, 2, 4, 16, 32)
+"""Heights of a group of row blocks, tried with each point's best tile."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    w1: tuple[Tensor, Tensor]
+    w2: tuple[Tensor, Tensor]
+
+
+def codes(*shape: int) -> Tensor:
+    return (torch.randn(shape, device="cuda", dtype=BF16) * 32).clamp(-448, 448).to(E4M3)
+
+
+def operand(scheme: str, side: str, *shape: int) -> tuple[Tensor, Tensor]:
+    """Codes and scales of rows (side a1 or a2) or weights (side w), about unit variance over the root of a row's length."""
+    q = getattr(SCHEMES[scheme], side)
+    if scheme == MXFP4:
+        code = torch.randint(0, 256, q.code_shape(*shape), dtype=torch.uint8, device="cuda")
+        return code, torch.randint(118, 122, q.scale_shape(*shape), dtype=torch.uint8, device="cuda")
+    scale = torch.rand(q.scale_shape(*shape), device="cuda") + 0.5
+    made = torch.cat([codes(1, *shape[1:]) for _ in range(shape[0])]) if len(shape) == 3 else codes(*shape)
+    return made, scale / 32 / (math.sqrt(shape[-1]) if side == "w" else 1.0)
+
+
+def weights(model: str, scheme: str, experts: int | None = None) -> Weights:
+    E, _, H, I = SIZES[model]  # noqa: E741
+    e = experts or E
+    return Weights(operand(scheme, "w", e, 2 * I, H), operand(scheme, "w", e, H, I))
+
+
+def decoded(scheme: str, side: str, code: Tensor, scale: Tensor | None) -> Tensor:
+    """float32 (R, C) of one matrix."""
+    q = getattr(SCHEMES[scheme], side)
+    if q is None or scale is None:
+        return code.float()
+    if scheme == MXFP4:
+        both = torch.stack([code & 15, code >> 4], dim=-1).flatten(-2)
+        table = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], device=code.device)
+        values = table[(both & 7).long()] * torch.where(both > 7, -1.0, 1.0)
+        return values * torch.exp2(scale.float() - 127).repeat_interleave(32, -1)
+    for dim, size in enumerate(q.group):
+        if size > 1:
+            scale = scale.repeat_interleave(size, dim).narrow(dim, 0, code.size(dim))
+    return code.float() * scale
+
+
+def sort(ids: Tensor, e: int, block_m: int) -> Alignment:
+    """What `align` makes, by torch: its kernels would be compiled for every size."""
+    flat = ids.flatten().long()
+    order = torch.argsort(flat, stable=True)
+    counts = torch.bincount(flat, minlength=e)
+    padded = (counts + block_m - 1) // block_m * block_m
+    end, begin = padded.cumsum(0), counts.cumsum(0) - counts
+    B = (flat.numel() + min(flat.numel(), e) * (block_m - 1)) // block_m
+    slots = torch.full((B * block_m,), flat.numel(), dtype=torch.int32, device=ids.device)
+    expert = flat[order]
+    slots[(end - padded)[expert] + torch.arange(flat.numel(), device=ids.device) - begin[expert]] = order.int()
+    blocks = torch.searchsorted(end, torch.arange(B, device=ids.device) * block_m, right=True).int()
+    return Alignment(slots, torch.where(blocks < e, blocks, -1), end[-1:].int(), counts.int(), block_m)
+
+
+Rows = tuple[Tensor, Tensor | None]
+
+
+class Point:
+    """One model, scheme and number of tokens: rows, ids, and the kernels on them."""
+
+    def __init__(self, model: str, scheme: str, M: int, w: Weights) -> None:
+        _, K, self.H, self.I = SIZES[model]
+        self.model, self.scheme, self.M, self.w, self.e = model, scheme, M, w, w.w1[0].size(0)
+        self.K = min(K, self.e)
+        self.ids = [torch.rand(M, self.e, device="cuda").topk(self.K).indices.int() for _ in range(4 if M <= 256 else 2)]
+        self.x: Rows = self.rows("a1", M, self.H)
+        self.y = torch.empty(M * self.K, self.H, device="cuda", dtype=BF16)
+        self.sorted: dict[int, list[Alignment]] = {}
+
+    def rows(self, side: str, R: int, C: int) -> Rows:
+        if self.scheme != MXFP4:
+            return operand(self.scheme, side, R, C)
+        return torch.randn(R, packed_gemm.room(1, C, self.ids[0]).size(1), device="cuda", dtype=BF16), None
+
+    def alignments(self, block_m: int) -> list[Alignment]:
+        if block_m not in self.sorted:
+            self.sorted[block_m] = [sort(ids, self.e, block_m) for ids in self.ids]
+        return self.sorted[block_m]
+
+    def first(self, tile: Tile) -> list[Callable[[], Tensor]]:
+        found = []
+        for a in self.alignments(tile.block_m):
+            P = a.sorted_slots.numel()
+            h: Rows = torch.empty(P, self.I, device="cuda", dtype=BF16), None
+            if self.scheme == MXFP4:
+                h = packed_gemm.room(P, self.I, self.y), None
+            elif requantises(tile, SILU, a2(self.scheme).group[1]):
+                h = code_rows(a2(self.scheme), P, self.I, a.sorted_slots.device)
+            found.append(functools.partial(self.run_first, a, h, tile))
+        self.last = a, h
+        return found
+
+    def run_first(self, a: Alignment, h: Rows, tile: Tile) -> Tensor:
+        if self.scheme == MXFP4:
+            packed_gemm.gate_up_act(self.x[0], self.w.w1, h[0], a, tile, (2 * self.I, self.H), self.K, SILU)
+        else:
+            gate_up_act(self.x, self.w.w1, h, a, tile, self.K, SILU, BF16)  # type: ignore[arg-type]
+        return h[0]
+
+    def second(self, tile: Tile) -> list[Callable[[], Tensor]]:
+        found = []
+        for a in self.alignments(tile.block_m):
+            h = self.rows("a2", a.sorted_slots.numel(), self.I)
+            found.append(functools.partial(self.run_second, a, h, tile))
+        self.last = a, h
+        return found
+
+    def run_second(self, a: Alignment, h: Rows, tile: Tile) -> Tensor:
+        if self.scheme == MXFP4:
+            packed_gemm.down(h[0], self.w.w2, self.y, a, tile, self.I)
+        else:
+            down(h, self.w.w2, self.y, a, tile)  # type: ignore[arg-type]
+        return self.y
+
+    def row(self, side: str, rows: Rows, place: int, columns: int) -> Tensor:
+        """float32 (1, columns), in order."""
+        value = decoded(self.scheme, side, rows[0][place : place + 1], None if rows[1] is None else rows[1][place : place + 1])
+        return value[:, place_of(columns)] if self.scheme == MXFP4 else value
+
+    def error(self, product: str, call: Callable[[], Tensor]) -> float:
+        """Relative error of sampled rows of the last call's result."""
+        a, h = self.last
+        positions = (a.sorted_slots < self.M * self.K).nonzero().flatten()
+        some = positions[torch.linspace(0, positions.numel() - 1, 12, device="cuda").long()]
+        if product == "first":
+            h[0].view(torch.uint8).fill_(127)
+        else:
+            self.y.fill_(float("nan"))
+        call()
+        got, want = [], []
+        for position in some.tolist():
+            slot, expert = int(a.sorted_slots[position]), int(a.block_expert[position // a.block_m])
+            w = self.w.w1 if product == "first" else self.w.w2
+            matrix = decoded(self.scheme, "w", w[0][expert], w[1][expert])
+            if product == "first":
+                gate, up = (self.row("a1", self.x, slot // self.K, self.H) @ matrix.T).chunk(2, dim=-1)
+                want.append(torch.nn.functional.silu(gate) * up)
+                got.append(self.row("a2", h, position, self.I))
+            else:
+                want.append(self.row("a2", h, position, self.I) @ matrix.T)
+                got.append(self.y[slot : slot + 1].float())
+        g, v = torch.cat(got), torch.cat(want)
+        return float((g - v).norm() / v.norm())
+
+
+def place_of(columns: int) -> Tensor:
+    """Where each column lies in a permuted row."""
+    c = torch.arange(columns)
+    return c // 128 * 128 + c % 8 * 16 + c % 128 // 8
+
+
+def a2(scheme: str) -> Quantiser:
+    q = SCHEMES[scheme].a2
+    assert q is not None
+    return q
+
+
+def kernels() -> dict[int, object]:
+    """Every kernel of a product that was loaded so far."""
+    functions = (fused_gemm._fused_scaled, packed_gemm._fused_packed)
+    return {id(k): k for f in functions for caches in f.device_caches.values() for k in caches[0].values()}
+
+
+def kernel_of(before: dict[int, object]) -> tuple[int, int]:
+    """(registers, spilled bytes) of the kernel that was loaded since, or (0, 0)."""
+    for key, kernel in kernels().items():
+        if key not in before:
+            return kernel.n_regs, kernel.n_spills  # type: ignore[attr-defined]
+    return 0, 0
+
+
+def limit(product: str, tile: Tile, scheme: str) -> float:
+    """bf16 results, requantised ones, and sums of 13 fraction bits."""
+    if product == "first" and requantises(tile, SILU, 128 if scheme == "fp8_block" else 0):
+        return 0.04
+    return 0.02 if tile.fast else 0.006
+
+
+def compile_some(tasks: list[tuple[str, str, str, str]]) -> list[str]:
+    failed = []
+    for model, scheme, product, text in tasks:
+        try:
+            w = weights(model, scheme, 2)
+            if text.startswith("v"):
+                Token(model, scheme, w, 2).call(product, Strip.parse(text.split()[0]), text.endswith("overlap"))()
+            else:
+                getattr(Point(model, scheme, 16, w), product)(Tile.parse(text))[0]()
+            torch.cuda.synchronize()
+        except Exception as error:
+            failed.append(f"{scheme} {product} {text}: {type(error).__name__} {str(error)[:160]}")
+            if "CUDA error" in str(error):
+                break
+    return failed
+
+
+def timed(calls: list[Callable[[], Tensor]], seconds: float = 0.012) -> float:
+    return Graph(calls).time(seconds, 3, 12, rest=0.0).us
+
+
+def try_tiles(point: Point, product: str, bad: set[str], out: list[dict[str, object]], deadline: float) -> None:
+    head = {"model": point.model, "scheme": point.scheme, "M": point.M, "product": product}
+    rows = point.M * point.K / point.e
+    best, found = float("inf"), None
+    for tile in tiles(point.scheme, product):
+        if f"{point.scheme} {product} {tile}" in bad or time.monotonic() > deadline:
+            continue
+        if (tile.block_m > 16 and tile.block_m > 4 * rows) or (tile.block_m < 64 and rows > 2.5 * tile.block_m):
+            continue
+        before = kernels()
+        try:
+            calls = getattr(point, product)(tile)
+            error = point.error(product, calls[-1])
+            regs, spills = kernel_of(before)
+            us = timed(calls) if error < limit(product, tile, point.scheme) else math.nan
+        except Exception as failure:
+            out.append({**head, "tile": str(tile), "failed": f"{type(failure).__name__}: {str(failure)[:120]}"})
+            continue
+        out.append({**head, "tile": str(tile), "us": round(us, 2), "error": round(error, 5), "regs": regs, "spills": spills})
+        if us < best:
+            best, found = us, tile
+    if found is not None:
+        for group in GROUPS:
+            tile = replace(found, group_m=group)
+            if tile != found and time.monotonic() < deadline:
+                us = timed(getattr(point, product)(tile))
+                out.append({**head, "tile": str(tile), "us": round(us, 2), "group": True})
+
+
+class Token:
+    """One token of a model: whole layers but for the router, and their two products alone, on 8 sets of ids."""
+
+    def __init__(self, model: str, scheme: str, w: Weights, sets: int = 8) -> None:
+        E, self.K, H, self.I = SIZES[model]
+        self.scheme, self.w, e, K = scheme, w, w.w1[0].size(0), self.K
+        self.x = torch.randn(1, H, device="cuda", dtype=BF16)
+        self.routed, self.out = torch.rand(1, K, device="cuda"), torch.empty(1, H, device="cuda", dtype=BF16)
+        # A compiling process has a few experts only; the kernel is that of all of them.
+        ids = [torch.rand(1, max(e, K), device="cuda").topk(K).indices.int() % e for _ in range(sets)]
+        self.slots = [Slots(one, E, E) for one in ids]
+        self.xq, self.hq = operand(scheme, "a1", 1, H), operand(scheme, "a2", K, self.I)
+
+    def layer(self, slots: Slots, strip: Strip, overlap: bool) -> Tensor:
+        q = a2(self.scheme)
+        xq = quantise_rows(self.x, q, overlap=overlap, first=True)
+        h = torch.empty(self.K, self.I, device="cuda", dtype=BF16)
+        vector_gate_up_act(xq, self.w.w1, h, slots, strip, SILU, None, overlap)
+        hq = quantise_rows(h, q, overlap=overlap)
+        vector_down(hq, self.w.w2, self.out, self.routed, slots, strip, None, 1.0, overlap)
+        return self.out
+
+    def first(self, slots: Slots, strip: Strip, overlap: bool) -> Tensor:
+        h = torch.empty(self.K, self.I, device="cuda", dtype=BF16)
+        vector_gate_up_act(self.xq, self.w.w1, h, slots, strip, SILU, None, overlap)
+        return h
+
+    def second(self, slots: Slots, strip: Strip, overlap: bool) -> Tensor:
+        vector_down(self.hq, self.w.w2, self.out, self.routed, slots, strip, None, 1.0, overlap)
+        return self.out
+
+    def call(self, product: str, strip: Strip, overlap: bool) -> Callable[[], Tensor]:
+        return functools.partial(getattr(self, product), self.slots[0], strip, overlap)
+
+    def time(self, product: str, strip: Strip, overlap: bool) -> float:
+        return timed([functools.partial(getattr(self, product), s, strip, overlap) for s in self.slots], 0.004)
+
+
+def try_strips(model: str, scheme: str, w: Weights, out: list[dict[str, object]]) -> None:
+    token = Token(model, scheme, w)
+    for product, overlap in (("first", False), ("second", False), ("layer", True)):
+        for strip in strips():
+            text = f"{strip}{' overlap' if overlap else ''}"
+            head = {"model": model, "scheme": scheme, "M": 1, "product": product, "tile": text}
+            try:
+                out.append({**head, "us": round(token.time(product, strip, overlap), 2)})
+            except Exception as failure:
+                out.append({**head, "failed": f"{type(failure).__name__}: {str(failure)[:120]}"})
+
+
+def show(found: list[dict[str, object]]) -> None:
+    """The best four of each product at each point."""
+    rows: dict[tuple[object, ...], list[dict[str, object]]] = {}
+    for f in found:
+        rows.setdefault((f["model"], f["scheme"], f["M"], f["product"]), []).append(f)
+    for key, own in rows.items():
+        good = sorted((f for f in own if has_time(f)), key=lambda f: float(str(f["us"])))
+        text = "  ".join(f"{f['us']}={f.get('tile', '')}" for f in good[:4])
+        print(*key, f"({len(good)} timed, {len(own) - len(good)} bad):", text, flush=True)
+
+
+def has_time(f: dict[str, object]) -> bool:
+    return "us" in f and f["us"] == f["us"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--jobs", type=int, default=30)
+    parser.add_argument("--seconds", type=float, default=140.0)
+    options = parser.parse_args()
+    start = time.monotonic()
+    plan = [("qwen3", "fp8_block"), ("qwen3", "fp8_token"), ("qwen3", MXFP4), ("gptoss", MXFP4), ("mixtral", "fp8_block"),
+            ("mixtral", "fp8_token"), ("dsv3ep8", "fp8_block"), ("dsv3ep8", "fp8_token"), ("gptoss", "fp8_token"),
+            ("dsv3full", "fp8_block")]  # fmt: skip
+    compiled = (("qwen3", "fp8_block"), ("qwen3", "fp8_token"), ("gptoss", "fp8_token"), ("qwen3", MXFP4), ("gptoss", MXFP4))
+    tasks = [(m, s, p, str(t)) for m, s in compiled for p in ("first", "second") for t in tiles(s, p)]
+    tasks += [(m, s, "layer", f"{t}{o}") for m, s in plan[:2] + plan[4:9] for t in strips() for o in ("", " overlap")]
+    context = multiprocessing.get_context("spawn")
+    bad: set[str] = set()
+    with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
+        for failed in pool.map(compile_some, [tasks[i :: options.jobs] for i in range(options.jobs)]):
+            for line in failed:
+                print("cannot run", line, flush=True)
+                bad.add(line.split(":")[0])
+    print(f"{len(tasks)} kernels compiled, {time.monotonic() - start:.0f} s", flush=True)
+    found: list[dict[str, object]] = []
+    for place, (model, scheme) in enumerate(plan):
+        end = start + options.seconds
+        deadline = time.monotonic() + (end - time.monotonic()) / (len(plan) - place)
+        torch.cuda.empty_cache()
+        w = weights(model, scheme)
+        before = len(found)
+        if model != "dsv3full" and scheme != MXFP4:
+            try_strips(model, scheme, w, found)
+        for M in (16, 64, 256, 1024) if scheme == MXFP4 else (4096, 64, 1024, 16, 16384, 256):
+            point = Point(model, scheme, M, w)
+            for product in ("first", "second"):
+                try_tiles(point, product, bad, found, deadline)
+            torch.cuda.empty_cache()
+        show(found[before:])
+        results.write(options.output, results.origin("cuda", options.output) | {"found": found})
+    wrong = [f for f in found if not has_time(f)]
+    for f in wrong[:30]:
+        print("bad:", f, flush=True)
+    print(f"{len(found)} timings, {len(wrong)} bad, {time.monotonic() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,308 @@
+"""Both products on mxfp4 weights and 16-bit rows, for few rows an expert: four-bit codes become bf16 on their way to the tensor
+core, at two instructions and a half a code.
+
+A 32-bit word holds eight codes of one weight row, columns 8j .. 8j + 7. Plane r of a tile is code r of every word: eight planes
+make eight products, each with the columns 8j + r of the rows. Rows are stored so that these lie together (`permute`, and
+GEMM1's epilogue): within 128 columns, column 8j + r is at 16 r + j. No code ever moves between threads: a word goes to the
+thread that multiplies it.
+
+A pair of codes becomes a pair of bf16 by moving sign and magnitude to their places. What the magnitude's exponent and mantissa
+bit then mean is the value times 2^-126, subnormal codes as subnormal numbers; a product with 2^126 and one with the group's
+power of two put that right, both exact (bf16 has float32's range).
+"""
+
+# Device code has no annotations: Triton gives its arguments their types at each launch.
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from moeproof.optimized.align import Alignment
+from moeproof.optimized.fused_gemm import _activation
+from moeproof.optimized.grouped_gemm import _swizzle
+from moeproof.optimized.overlap import after_previous, launch_options
+from moeproof.optimized.quant.codes import decode
+from moeproof.optimized.tiles import Tile, interpreted, processors
+from moeproof.reference.contract.activations import Activation
+from moeproof.reference.contract.errors import check
+from moeproof.reference.contract.formats import FORMATS
+
+Tensor = torch.Tensor
+CODES = tl.constexpr(8)
+"""In a word."""
+CHUNK = tl.constexpr(128)
+GROUP = tl.constexpr(32)
+
+
+def _assembly(r: int) -> str:
+    """Two words and a pair of bf16 factors -> plane r of both words, as a pair of bf16.
+
+    prmt takes the halves that hold code r; in each, its sign goes to bit 15 and its magnitude to bits 8..6.
+    """
+    up = 12 - 4 * (r % 4)
+    to_magnitude = f"shl.b32 m, t, {up - 6};" if up >= 6 else f"shr.b32 m, t, {6 - up};"
+    return f"""{{
+        .reg .b32 t, s, m, one;
+        mov.b32 one, 0x7E807E80;
+        prmt.b32 t, $1, $2, {"0x5410" if r < 4 else "0x7632"};
+        shl.b32 s, t, {up};
+        {to_magnitude}
+        and.b32 m, m, 0x01C001C0;
+        lop3.b32 t, s, 0x80008000, m, 0xEA;
+        mul.rn.bf16x2 t, t, one;
+        mul.rn.bf16x2 $0, t, $3;
+    }}"""
+
+
+_ASSEMBLY = tuple(_assembly(r) for r in range(8))
+ASSEMBLY = tl.constexpr(_ASSEMBLY)
+
+
+@triton.jit
+def _plane(words, factor, r: tl.constexpr, FMT: tl.constexpr):
+    """bf16 of code r of each word, times its group's factor (bf16). FMT: the codes' format in the interpreter, which knows no
+    assembly."""
+    if FMT is not None:
+        value = decode((words >> (4 * r)) & 15, FMT).to(tl.bfloat16) * factor
+    else:
+        value = tl.inline_asm_elementwise(
+            ASSEMBLY[r], "=r,r,r,r", [words, factor], dtype=tl.bfloat16, is_pure=True, pack=2
+        )  # fmt: skip
+    return value
+
+
+@triton.jit
+def _power(code):
+    """bf16 2^(code - 127) of e8m0 codes: 0 is a subnormal number, 255 NaN."""
+    wide = code.to(tl.int16)
+    bits = tl.where(code == 0, 0x40, tl.where(code == 255, 0x7FC0, wide << 7))
+    return bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def _product(
+    a_m, live, w_n, s_n, inside, K, SWAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, FMT: tl.constexpr,
+):  # fmt: skip
+    """float32 (BLOCK_M, BLOCK_N). a_m, w_n, s_n: pointers to each row's first column, word and scale; columns are neighbours.
+
+    Between loads of words and scales and the product stand only operations on elements and views. Triton then loads them where
+    they are multiplied; a scale carried from step to step would end that, and every plane would cross shared memory.
+    """
+    WORDS: tl.constexpr = BLOCK_K // CODES
+    SCALES: tl.constexpr = BLOCK_K // GROUP
+    j = tl.arange(0, WORDS)
+    g = tl.arange(0, SCALES)
+    # Where column 8j of a step lies in a permuted row.
+    a = a_m[:, None] + (j // (CHUNK // CODES) * CHUNK + j % (CHUNK // CODES))[None, :]
+    w_at = w_n[:, None] + j[None, :]
+    s_at = s_n[:, None] + g[None, :]
+    acc = tl.zeros([BLOCK_N, BLOCK_M] if SWAP else [BLOCK_M, BLOCK_N], tl.float32)
+    for first in range(0, K, BLOCK_K):
+        real = j < (K - first) // CODES
+        if EVEN_N and EVEN_K:
+            words = tl.load(w_at)
+            scale = tl.load(s_at)
+        elif EVEN_K:
+            words = tl.load(w_at, mask=inside[:, None], other=0)
+            scale = tl.load(s_at, mask=inside[:, None], other=0)
+        else:
+            words = tl.load(w_at, mask=inside[:, None] & real[None, :], other=0)
+            scale = tl.load(s_at, mask=inside[:, None] & (g < (K - first) // GROUP)[None, :], other=0)
+        factor = tl.broadcast_to(_power(scale)[:, :, None], [BLOCK_N, SCALES, GROUP // CODES])
+        factor = tl.reshape(factor, [BLOCK_N, WORDS])
+        for r in tl.static_range(CODES):
+            mask = live[:, None] if EVEN_K else live[:, None] & real[None, :]
+            rows = tl.load(a + r * (CHUNK // CODES), mask=mask, other=0.0)
+            plane = _plane(words, factor, r, FMT)
+            if SWAP:
+                acc = tl.dot(plane, rows.T, acc)
+            else:
+                acc = tl.dot(rows, plane.T, acc)
+        a += BLOCK_K
+        w_at += WORDS
+        s_at += SCALES
+    if SWAP:
+        acc = tl.trans(acc)
+    return acc
+
+
+@triton.jit
+def _tile(
+    tile, num_m, num_n, a, w, w_scale, bias_eN, out, weights, sorted_slots, block_expert, num_slots, slots_per_row, N, K,
+    stride_ar, stride_we, stride_wn, stride_se, stride_sn, stride_be, stride_bn, stride_or, stride_oc, stride_weight,
+    NAME: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
+    ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr, LINEAR_BETA: tl.constexpr,
+    SWAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M,
+    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, FMT: tl.constexpr,
+):  # fmt: skip
+    FIRST: tl.constexpr = NAME != ""
+    block, column = _swizzle(tile, num_m, num_n, GROUP_M)
+    expert = tl.load(block_expert + block).to(tl.int64)
+    position = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    slot = tl.load(sorted_slots + position)
+    live = slot < num_slots
+    row = slot // slots_per_row if FIRST else position
+    n = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = n < N
+    weight_row = (n // 2 + n % 2 * (N // 2) if GATED and PACKED else n).to(tl.int64)
+    acc = _product(
+        a + row.to(tl.int64) * stride_ar, live, w + expert * stride_we + weight_row * stride_wn,
+        w_scale + expert * stride_se + weight_row * stride_sn, inside, K, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K,
+        FMT,
+    )  # fmt: skip
+    if bias_eN is not None:
+        at = bias_eN + expert * stride_be + weight_row * stride_bn
+        acc += tl.load(at, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if weights is not None:
+        acc *= tl.load(weights + slot.to(tl.int64) * stride_weight, mask=live, other=0.0).to(tl.float32)[:, None]
+    if FIRST:
+        h = _activation(acc, NAME, ALPHA, BETA, LIMIT, LINEAR_BETA, GATED)
+        c = column * h.shape[1] + tl.arange(0, h.shape[1])
+        place = c // CHUNK * CHUNK + c % CODES * (CHUNK // CODES) + c % CHUNK // CODES
+        at = out + position.to(tl.int64)[:, None] * stride_or + place[None, :] * stride_oc
+        tl.store(at, h.to(out.dtype.element_ty), mask=(c < (N // 2 if GATED else N))[None, :])
+    else:
+        at = out + slot.to(tl.int64)[:, None] * stride_or + n.to(tl.int64)[None, :] * stride_oc
+        tl.store(at, acc.to(out.dtype.element_ty), mask=live[:, None] & inside[None, :])
+
+
+@triton.jit(do_not_specialize=["num_slots", "slots_per_row", "stride_se", "stride_sn", "stride_weight", "GROUP_M"])
+def _fused_packed(
+    a, w, w_scale, bias_eN, out, weights, sorted_slots, block_expert, num_padded, num_slots, slots_per_row, N, K,
+    stride_ar, stride_we, stride_wn, stride_se, stride_sn, stride_be, stride_bn, stride_or, stride_oc, stride_weight,
+    NAME: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
+    ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr, LINEAR_BETA: tl.constexpr,
+    SWAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M,
+    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, PROGRAMS: tl.constexpr, OVERLAP: tl.constexpr, FMT: tl.constexpr,
+):  # fmt: skip
+    """GEMM1 where NAME is an activation, else GEMM2. PROGRAMS > 0: a persistent grid of that size."""
+    after_previous(OVERLAP)
+    num_m = tl.load(num_padded) // BLOCK_M
+    num_n = tl.cdiv(N, BLOCK_N)
+    if PROGRAMS == 0:
+        if tl.program_id(0) < num_m * num_n:
+            _tile(
+                tl.program_id(0), num_m, num_n, a, w, w_scale, bias_eN, out, weights, sorted_slots, block_expert, num_slots,
+                slots_per_row, N, K, stride_ar, stride_we, stride_wn, stride_se, stride_sn, stride_be, stride_bn,
+                stride_or, stride_oc, stride_weight, NAME, GATED, PACKED, ALPHA, BETA, LIMIT, LINEAR_BETA,
+                SWAP, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, EVEN_N, EVEN_K, FMT,
+            )  # fmt: skip
+    else:
+        for tile in tl.range(tl.program_id(0), num_m * num_n, PROGRAMS):
+            _tile(
+                tile, num_m, num_n, a, w, w_scale, bias_eN, out, weights, sorted_slots, block_expert, num_slots,
+                slots_per_row, N, K, stride_ar, stride_we, stride_wn, stride_se, stride_sn, stride_be, stride_bn,
+                stride_or, stride_oc, stride_weight, NAME, GATED, PACKED, ALPHA, BETA, LIMIT, LINEAR_BETA,
+                SWAP, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, EVEN_N, EVEN_K, FMT,
+            )  # fmt: skip
+
+
+@triton.jit
+def _permute(x, out, T, H, stride_xt, stride_xh, stride_o, BLOCK_T: tl.constexpr, CHUNKS: tl.constexpr, OVERLAP: tl.constexpr):
+    after_previous(OVERLAP)
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    column = tl.program_id(1) * CHUNKS * CHUNK + tl.arange(0, CHUNKS * CHUNK)
+    mask = (t < T)[:, None] & (column < H)[None, :]
+    tile = tl.load(x + t.to(tl.int64)[:, None] * stride_xt + column[None, :] * stride_xh, mask=mask, other=0.0)
+    place = column // CHUNK * CHUNK + column % CODES * (CHUNK // CODES) + column % CHUNK // CODES
+    tl.store(out + t.to(tl.int64)[:, None] * stride_o + place[None, :], tile, mask=mask)
+
+
+def room(rows: int, columns: int, like: Tensor) -> Tensor:
+    """Uninitialised permuted rows: whole chunks of columns."""
+    return torch.empty(rows, triton.cdiv(columns, CHUNK.value) * CHUNK.value, dtype=like.dtype, device=like.device)
+
+
+def permute(x_TH: Tensor, overlap: bool = False, first: bool = False) -> Tensor:
+    """x with the columns of each plane together: (T, H), H rounded up to a multiple of 128; what is beyond is undefined."""
+    T, H = x_TH.shape
+    out = room(T, H, x_TH)
+    block_t = min(triton.next_power_of_2(T), 64 if interpreted() else 4)
+    _permute[(triton.cdiv(T, block_t), triton.cdiv(H, 512))](
+        x_TH, out, T, H, *x_TH.stride(), out.stride(0), BLOCK_T=block_t, CHUNKS=4, **launch_options(overlap, first)
+    )
+    return out
+
+
+def words(w: Tensor) -> Tensor:
+    """Codes (e, N, K / 2) as int32 words (e, N, K / 8): a view."""
+    good = w.stride(2) == 1 and w.stride(1) % 4 == 0 and w.stride(0) % 4 == 0 and w.data_ptr() % 4 == 0
+    check(good, f"four-bit weights must have neighbours in the last dim and rows that start at words, not strides {w.stride()}")
+    return w.view(torch.int32)
+
+
+def _launch(
+    a: Tensor,
+    w: tuple[Tensor, Tensor],
+    out: Tensor,
+    alignment: Alignment,
+    tile: Tile,
+    sizes: tuple[int, int],
+    slots_per_row: int,
+    num_slots: int,
+    act: Activation | None,
+    bias_eN: Tensor | None,
+    weights: Tensor | None,
+    overlap: bool,
+) -> None:
+    (N, K), (codes, scale) = sizes, w
+    check(a.dtype == torch.bfloat16, f"rows are {a.dtype}; the scales of mxfp4 need the range of torch.bfloat16")
+    check(tile.block_m == alignment.block_m, f"tile {tile} does not fit blocks of {alignment.block_m} rows")
+    check(tile.block_k % 128 == 0, f"tile {tile}: a step is a multiple of 128 columns")
+    check(a.stride(1) == 1 and scale.stride(2) == 1, "rows and scales must have neighbours in the last dim")
+    packed = words(codes)
+    num_n = triton.cdiv(N, tile.block_n)
+    tiles = alignment.num_blocks * num_n
+    programs = min(tile.per_sm * processors(a.device), tiles) if tile.per_sm else 0
+    _fused_packed[(programs or tiles,)](
+        a, packed, scale, bias_eN, out, weights,
+        alignment.sorted_slots, alignment.block_expert, alignment.num_padded, num_slots, slots_per_row, N, K,
+        a.stride(0), *packed.stride()[:2], *scale.stride()[:2], *(bias_eN.stride() if bias_eN is not None else (0, 0)),
+        *out.stride(), weights.stride(0) if weights is not None else 0,
+        NAME=act.name if act else "", GATED=act is not None and act.gated, PACKED=act is not None and not act.interleaved,
+        ALPHA=(act and act.alpha) or 0.0, BETA=(act and act.beta) or 0.0,
+        LIMIT=(act and act.limit) or 0.0, LINEAR_BETA=(act and act.linear_beta) or 0.0,
+        SWAP=tile.swap, EVEN_N=N % tile.block_n == 0, EVEN_K=K % tile.block_k == 0,
+        PROGRAMS=tile.per_sm * processors(a.device), FMT=FORMATS["e2m1"] if interpreted() else None,
+        **launch_options(overlap), **tile.options,
+    )  # fmt: skip
+
+
+def gate_up_act(
+    x: Tensor,
+    w1: tuple[Tensor, Tensor],
+    h: Tensor,
+    alignment: Alignment,
+    tile: Tile,
+    sizes: tuple[int, int],
+    slots_per_row: int,
+    act: Activation,
+    b1_eN: Tensor | None = None,
+    overlap: bool = False,
+) -> None:
+    """h[position] = act(x[slot // slots_per_row] @ w1[expert].T (+ b1)) of each sorted position; sizes = (N, H).
+
+    x and h are permuted (`permute`, `room`); w1 is codes and scales as the contract stores them.
+    """
+    num_slots = x.size(0) * slots_per_row
+    _launch(x, w1, h, alignment, tile, sizes, slots_per_row, num_slots, act, b1_eN, None, overlap)
+
+
+def down(
+    h: Tensor,
+    w2: tuple[Tensor, Tensor],
+    out_SH: Tensor,
+    alignment: Alignment,
+    tile: Tile,
+    I: int,  # noqa: E741  (the project's letter)
+    b2_eH: Tensor | None = None,
+    weights_S: Tensor | None = None,
+    overlap: bool = False,
+) -> None:
+    """out[slot] = weight[slot] * (h[position of slot] @ w2[expert].T (+ b2)), for live slots; other rows are not touched."""
+    sizes = (out_SH.size(1), I)
+    _launch(h, w2, out_SH, alignment, tile, sizes, 1, out_SH.size(0), None, b2_eH, weights_S, overlap)
