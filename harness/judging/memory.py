@@ -185,6 +185,8 @@ class Poison(TorchDispatchMode):
             return result
         if result.layout != torch.strided or result.device.type == "meta" or result.is_quantized:
             return result
+        if (kwargs or {}).get("pin_memory"):  # host memory that a device reaches: ours would be out of its reach
+            return result
         if (kwargs or {}).get("pin_memory"):
             return result  # what a GPU reads on the host must stay pinned, which a guarded buffer is not
         shape = tuple(result.shape)
