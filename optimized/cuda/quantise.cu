@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(MOST_THREADS) quantise_kernel(const Quantise a
             const int i = start + p * stride;
             if (i < last) own[p] = source<ACTIVATED, WHOLE, T, N>(a, row, i, WHOLE ? N : min(N, last - i));
         }
-#pragma unroll 1
+#pragma unroll(ACTIVATED ? 1 : PACKS)
         for (int p = 0; p < PACKS; ++p) {
             const int i = start + p * stride, count = WHOLE ? N : min(N, last - i);
             Columns<T, N> c = own[0];

@@ -24,36 +24,15 @@ GROUP = tl.constexpr(128)
 
 
 @triton.jit
-def _sums(
-    x, xs, stride_xg, w, ws, row, inside, stride_wn, stride_wk, stride_sn, stride_sg, K,
-    BLOCKED: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
-    EVEN: tl.constexpr,
-):  # fmt: skip
-    """float32 (ROWS,): the vector of codes x times these rows of one expert's codes, scales of both applied.
-
-    ALIGNED: the rows share a block of weight scales.
-    """
-    acc = tl.zeros([ROWS, STEP], tl.float32)
-    w_row = w + row.to(tl.int64)[:, None] * stride_wn
-    for first in tl.range(0, K, STEP, num_stages=STAGES):
-        k = first + tl.arange(0, STEP)
-        real = k < K
-        x_k = tl.load(x + k, mask=real, other=0.0).to(tl.float32)
-        mask = inside[:, None] if EVEN else inside[:, None] & real[None, :]
-        w_k = tl.load(w_row + k.to(tl.int64)[None, :] * stride_wk, mask=mask, other=0.0).to(tl.float32)
-        if BLOCKED:
-            x_k *= tl.load(xs + k // GROUP * stride_xg, mask=real, other=0.0)
-            if ALIGNED:
-                at = ws + (tl.min(row, 0) // GROUP).to(tl.int64) * stride_sn + k // GROUP * stride_sg
-                x_k *= tl.load(at, mask=real, other=0.0)
-            else:
-                at = ws + (row // GROUP).to(tl.int64)[:, None] * stride_sn + (k // GROUP)[None, :] * stride_sg
-                w_k *= tl.load(at, mask=inside[:, None] & real[None, :], other=0.0)
-        acc += x_k[None, :] * w_k
-    total = tl.sum(acc, 1)
-    if not BLOCKED:
-        total *= tl.load(xs) * tl.load(ws + row.to(tl.int64) * stride_sn, mask=inside, other=0.0)
-    return total
+def _scaled(x_k, w_k, ws, row, k, mask, stride_sn, stride_sg, ALIGNED: tl.constexpr):
+    """(x_k, w_k) with the weights' scales of blocks in one of them: in the vector where the rows share a block."""
+    if ALIGNED:
+        at = ws + (tl.min(row, 0) // GROUP).to(tl.int64) * stride_sn + k // GROUP * stride_sg
+        x_k *= tl.load(at)
+    else:
+        at = ws + (row // GROUP).to(tl.int64)[:, None] * stride_sn + (k // GROUP)[None, :] * stride_sg
+        w_k *= tl.load(at, mask=mask, other=0.0)
+    return x_k, w_k
 
 
 @triton.jit
@@ -81,24 +60,47 @@ def _vector_gate_up(
         w += expert.to(tl.int64) * stride_we
         ws += expert.to(tl.int64) * stride_se
         row_g = i if PACKED or not GATED else 2 * i
-        g = _sums(
-            x, xs, stride_xsg, w, ws, row_g, inside, stride_wn, stride_wh, stride_sn, stride_sg, H,
-            BLOCKED, ALIGNED, ROWS, STEP, STAGES, EVEN,
-        )  # fmt: skip
-        bias = bias_eN + expert.to(tl.int64) * stride_be if bias_eN is not None else 0
+        row_u = I + i if PACKED else 2 * i + 1
+        w_g = w + row_g.to(tl.int64)[:, None] * stride_wn
+        w_u = w + row_u.to(tl.int64)[:, None] * stride_wn
+        acc_g = tl.zeros([ROWS, STEP], tl.float32)
+        acc_u = tl.zeros([ROWS, STEP], tl.float32)
+        for first in tl.range(0, H, STEP, num_stages=STAGES):
+            k = first + tl.arange(0, STEP)
+            real = k < H
+            at = k.to(tl.int64)[None, :] * stride_wh
+            both = inside[:, None] & real[None, :]
+            mask = inside[:, None] if EVEN else both
+            x_k = tl.load(x + k, mask=real, other=0.0).to(tl.float32)
+            g_k = tl.load(w_g + at, mask=mask, other=0.0).to(tl.float32)
+            if GATED:
+                u_k = tl.load(w_u + at, mask=mask, other=0.0).to(tl.float32)
+            if BLOCKED:
+                x_k *= tl.load(xs + k // GROUP * stride_xsg, mask=real, other=0.0)
+                # Columns past the end have scales of the last group: their codes are 0.
+                inner = tl.minimum(k, H - 1)
+                x_g, g_k = _scaled(x_k, g_k, ws, row_g, inner, both, stride_sn, stride_sg, ALIGNED)
+                acc_g += x_g[None, :] * g_k
+                if GATED:
+                    x_u, u_k = _scaled(x_k, u_k, ws, row_u, inner, both, stride_sn, stride_sg, ALIGNED)
+                    acc_u += x_u[None, :] * u_k
+            else:
+                acc_g += x_k[None, :] * g_k
+                if GATED:
+                    acc_u += x_k[None, :] * u_k
+        g = tl.sum(acc_g, 1)
+        u = tl.sum(acc_u, 1)
+        if not BLOCKED:
+            x_scale = tl.load(xs)
+            g *= x_scale * tl.load(ws + row_g.to(tl.int64) * stride_sn, mask=inside, other=0.0)
+            if GATED:
+                u *= x_scale * tl.load(ws + row_u.to(tl.int64) * stride_sn, mask=inside, other=0.0)
         if bias_eN is not None:
+            bias = bias_eN + expert.to(tl.int64) * stride_be
             g += tl.load(bias + row_g.to(tl.int64) * stride_bn, mask=inside, other=0.0).to(tl.float32)
-        if GATED:
-            row_u = I + i if PACKED else 2 * i + 1
-            u = _sums(
-                x, xs, stride_xsg, w, ws, row_u, inside, stride_wn, stride_wh, stride_sn, stride_sg, H,
-                BLOCKED, ALIGNED, ROWS, STEP, STAGES, EVEN,
-            )  # fmt: skip
-            if bias_eN is not None:
+            if GATED:
                 u += tl.load(bias + row_u.to(tl.int64) * stride_bn, mask=inside, other=0.0).to(tl.float32)
-            h = gated(g, u, NAME, ALPHA, BETA, LIMIT, LINEAR_BETA)
-        else:
-            h = ungated(g, NAME)
+        h = gated(g, u, NAME, ALPHA, BETA, LIMIT, LINEAR_BETA) if GATED else ungated(g, NAME)
         tl.store(h_SI + slot.to(tl.int64) * I + i, h.to(h_SI.dtype.element_ty), mask=inside)
 
 
@@ -137,12 +139,8 @@ def _vector_down(
         at_hs = hs + slot.to(tl.int64) * stride_hr
         if BLOCKED:
             h_k *= tl.load(at_hs + k // GROUP * stride_hg, mask=real, other=0.0)
-            if ALIGNED:
-                at = ws + own * stride_se + (tl.min(row, 0) // GROUP).to(tl.int64) * stride_sn + k // GROUP * stride_sg
-                h_k *= tl.load(at, mask=real, other=0.0)
-            else:
-                at = ws + own * stride_se + (row // GROUP).to(tl.int64)[:, None] * stride_sn
-                w_k *= tl.load(at + (k // GROUP)[None, :] * stride_sg, mask=mask & real[None, :], other=0.0)
+            both = inside[:, None] & real[None, :]
+            h_k, w_k = _scaled(h_k, w_k, ws + own * stride_se, row, tl.minimum(k, I - 1), both, stride_sn, stride_sg, ALIGNED)
             acc += (factor * h_k)[None, :] * w_k
         else:
             channel = tl.load(ws + own * stride_se + row.to(tl.int64) * stride_sn, mask=inside & live, other=0.0)
