@@ -2,8 +2,13 @@
 
     PYTHONPATH=src python ci/kernel_resources.py [docs/results/kernel-resources-sm90.json] [--jobs 2] [--quant]
 
+<<<<<<< HEAD
 With --quant those of the fused layers on fp8 and four-bit weights (docs/results/kernel-resources-quant-sm90.json). Exit
 code 1 where a kernel spills, or needs more than an H100 has.
+=======
+With --quant those of the fused layers on fp8 and four-bit weights (docs/results/kernel-resources-quant-sm90.json). Exit code 1
+where a kernel spills, or needs more than an H100 has.
+>>>>>>> speed
 """
 
 from __future__ import annotations
@@ -66,9 +71,11 @@ def compile_quant(share: int, of: int) -> None:
         firsts, seconds = search.tiles(scheme, "first"), search.tiles(scheme, "second")
         plans = []
         for tile in dict.fromkeys([*firsts, *seconds]):
-            # Each tile beside an ordinary one of its height, where only one product may have it.
-            other = {h: next(t for t in seconds if t.block_m == h) for h in {t.block_m for t in seconds}}[tile.block_m]
-            plans.append(Plan(tile if tile in firsts else other, tile if tile in seconds else other, tile.block_m <= 32))
+            # Beside another tile of its height, where only one product may have it.
+            first, second = (
+                tile if tile in own else next(t for t in own if t.block_m == tile.block_m) for own in (firsts, seconds)
+            )
+            plans.append(Plan(first, second, tile.block_m <= search.SHORT))
         plans += [] if scheme.startswith("mxfp4") else [Plan(strip, strip, True) for strip in search.strips()]
         plans += [
             p
