@@ -2,13 +2,8 @@
 
     PYTHONPATH=src python ci/kernel_resources.py [docs/results/kernel-resources-sm90.json] [--jobs 2] [--quant]
 
-<<<<<<< HEAD
-With --quant those of the fused layers on fp8 and four-bit weights (docs/results/kernel-resources-quant-sm90.json). Exit
-code 1 where a kernel spills, or needs more than an H100 has.
-=======
 With --quant those of the fused layers on fp8 and four-bit weights (docs/results/kernel-resources-quant-sm90.json). Exit code 1
 where a kernel spills, or needs more than an H100 has.
->>>>>>> speed
 """
 
 from __future__ import annotations
