@@ -48,6 +48,7 @@ def compile_quant(share: int, of: int) -> None:
 
     from moeproof.optimized.plans import Plan, selectable
     from moeproof.optimized.quant import fused, packed, search
+    from moeproof.optimized.tiles import Tile
     from moeproof.reference.contract import Inputs
 
     driver.set_active(compile_only.Driver())
@@ -72,12 +73,8 @@ def compile_quant(share: int, of: int) -> None:
             )
             plans.append(Plan(first, second, tile.block_m <= search.SHORT))
         plans += [] if scheme.startswith("mxfp4") else [Plan(strip, strip, True) for strip in search.strips()]
-        plans += [
-            p
-            for name in (scheme, f"{scheme}-fast")
-            for p in selectable("sm90", name)
-            if "mxfp4" not in name or "v" not in str(p)
-        ]
+        for name in (scheme,) if scheme.startswith("mxfp4") else (scheme, f"{scheme}-fast"):
+            plans += [p for p in selectable("sm90", name) if not scheme.startswith("mxfp4") or isinstance(p.first, Tile)]
         jobs += [(scheme, plan, line) for plan in dict.fromkeys(plans) for line in lines]
     for scheme, plan, line in jobs[share::of]:
         compile_only.Driver.case = f"{scheme} {plan}: {line}"

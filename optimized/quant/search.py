@@ -32,18 +32,17 @@ GROUPS = (
 """For a gated GEMM1 with scales of blocks: whole groups, which it quantises itself."""
 LONG = (
     *("16x64x256-g1-w4-s3", "16x32x256-g1-w4-s4", "16x64x256-g1-w4-s4-tma-swap-fast", "16x64x256-g1-w4-s4-swap-fast"),
-    *("32x64x256-g1-w4-s3-tma-swap-fast", "32x64x256-g1-w4-s3"),
+    *("32x64x256-g1-w4-s3-tma-swap-fast", "128x128x128-g8-w4-s3-tma-p2-fast", "64x256x128-g4-w4-s4-tma-p1-fast"),
 )
-"""For scales of tokens: nothing happens after 128 columns."""
+"""For scales of tokens: nothing happens after 128 columns, and a sum has no scales beside it in registers."""
 LARGE = (
-    *("128x256x128-g8-w8-s3-tma-p1-fast", "128x256x128-g8-w8-s4-tma-p1-fast", "128x256x128-g8-w8-s4-tma-p1-bulk-fast"),
-    *("128x128x128-g8-w4-s3-tma-p2-fast", "128x256x128-g8-w8-s3-tma-fast", "256x128x128-g4-w8-s3-tma-p1-fast"),
-    *("128x128x128-g8-w8-s3-fast", "64x256x128-g4-w4-s4-tma-p1-fast"),
+    *("128x256x128-g8-w8-s3-tma-p1-fast", "128x256x128-g8-w8-s3-tma-p1-bulk-fast", "128x256x128-g8-w8-s3-tma-fast"),
+    *("256x128x128-g4-w8-s3-tma-p1-fast", "128x128x128-g8-w8-s3-fast", "128x128x128-g8-w8-s4-tma-p1-fast"),
 )
 """The tensor core keeps the sum."""
 PACKED = (
     *("16x64x256-g1-w4-s3", "16x64x256-g1-w2-s3", "16x64x256-g1-w4-s2", "16x32x256-g1-w2-s4", "16x32x512-g1-w2-s3"),
-    *("16x64x512-g1-w4-s2", "16x128x256-g1-w4-s3", "16x64x128-g1-w2-s5", "16x64x256-g1-w2-s4", "16x32x256-g1-w1-s3"),
+    *("16x64x512-g1-w4-s2", "16x128x256-g1-w4-s3", "16x64x128-g1-w2-s5", "16x32x256-g1-w2-s3"),
     *("16x64x256-g1-w4-s3-swap", "16x64x256-g1-w4-s2-swap", "16x64x512-g1-w4-s2-swap", "16x128x256-g1-w4-s3-swap"),
     *("32x64x256-g1-w4-s3", "32x64x256-g1-w2-s3", "32x64x256-g1-w4-s3-swap", "32x128x256-g1-w4-s3-swap"),
     *("64x64x256-g1-w4-s3-swap", "64x128x128-g1-w4-s4-swap", "64x64x128-g1-w4-s4-swap", "64x128x128-g1-w8-s4-swap"),
