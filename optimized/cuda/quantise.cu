@@ -40,11 +40,10 @@ struct Divisor {
     float b, reciprocal;
     bool usual;
 
+    // Where `usual`. The remainder is taken with its sign turned, so that the quotient of -0 stays -0.
     __device__ float divides(float a) const {
-        if (!usual) return __fdiv_rn(a, b);  // the same choice for a whole group
         const float q = __fmul_rn(a, reciprocal);
-        // The sign is a's: the sum of a zero quotient and a zero remainder would lose it.
-        return copysignf(__fmaf_rn(__fmaf_rn(-q, b, a), reciprocal, q), a);
+        return __fmaf_rn(-__fmaf_rn(q, b, -a), reciprocal, q);
     }
 };
 
@@ -192,9 +191,13 @@ __global__ void __launch_bounds__(MOST_THREADS) quantise_kernel(const Quantise a
     for (int i = start; i < last; i += stride) {
         const int count = WHOLE ? N : min(N, last - i);
         float ratio[N];
-        if (scale.divide) {
+        // One choice for a pack: made for each element, it would cost as much as the division.
+        if (scale.divide && scale.divisor.usual) {
 #pragma unroll
             for (int j = 0; j < N; ++j) ratio[j] = scale.divisor.divides(own[0].first.get(j));
+        } else if (scale.divide) {
+#pragma unroll
+            for (int j = 0; j < N; ++j) ratio[j] = __fdiv_rn(own[0].first.get(j), scale.divisor.b);
         } else {
 #pragma unroll
             for (int j = 0; j < N; ++j) ratio[j] = __fmul_rn(own[0].first.get(j), scale.factor);
