@@ -131,7 +131,7 @@ __device__ inline Scale make_scale(const Quantise& a, unsigned group, int lane, 
     if (a.rule >= OCP_FLOOR) {
         const int e = scale_exponent(a, amax);
         if (lane == 0) a.exponents[group] = static_cast<uint8_t>(e + 127);
-        return {divisor_of(1.0f), two_to(-e), false};  // exact: a power of two
+        return {{1.0f, 1.0f, true}, two_to(-e), false};  // exact: a power of two
     }
     const float floored = fmaxf(amax, a.floor);
     const float s = a.rule == STATIC ? *a.given : __fdiv_rn(floored, a.top);
@@ -212,6 +212,8 @@ __global__ void __launch_bounds__(MOST_THREADS) quantise_kernel(const Quantise a
             case E2M1: store_codes<E2M1, WHOLE>(a, row, i, count, ratio); break;
             default: store_codes<INT8, WHOLE>(a, row, i, count, ratio); break;
         }
+        // No loop around one pack: from it the compiler would lift seven exact divisions, which then are always done.
+        if constexpr (PACKS == 1) break;
         rotate(own, own[0]);
     }
 }
