@@ -41,6 +41,7 @@ class _Symmetric(FusedMoEPrepareAndFinalize):
         payload: Payload,
         scheme: QuantScheme = UNQUANTISED,
         patience: float = PATIENCE,
+        programs: int | None = None,
         **facts: object,
     ) -> None:
         check(max_num_tokens >= 0, f"max_num_tokens={max_num_tokens} must not be negative")
@@ -48,7 +49,7 @@ class _Symmetric(FusedMoEPrepareAndFinalize):
         self.max_num_tokens = max_num_tokens
         layout = Layout(grid, payload, max(max_num_tokens, 1))
         facts |= {"kind": type(self).__name__, "max tokens": max_num_tokens, "scheme": scheme.name}
-        self.exchange = Exchange(link, layout, facts, patience)
+        self.exchange = Exchange(link, layout, facts, patience, programs)
         self.payload = payload
         self._known_map: Tensor | None = None
         """The expert map that has been looked at: reading it would wait for the device."""
