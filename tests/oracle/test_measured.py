@@ -9,15 +9,11 @@ from types import ModuleType
 
 import pytest
 
-from moeproof.harness.judging.misround import allowance
 from moeproof.reference.contract.tensor_cores import TENSOR_CORES
 
 ROOT = Path(__file__).parents[2]
 RECORD = json.loads((ROOT / "docs/results/accumulators-h100.json").read_text(encoding="utf-8"))
 ROWS = RECORD["rows"]
-pytestmark = pytest.mark.skipif(
-    "worst_over_uQ" not in ROWS[0], reason="the committed record is older than these figures: run ci/accumulators.py on an H100"
-)
 PRODUCTS = {
     "bf16": {"triton", "torch, stored", "torch grouped, stored"},
     "fp16": {"triton", "torch, stored"},
@@ -50,11 +46,10 @@ def test_every_product_was_measured_on_every_kind_of_data_and_length() -> None:
             assert found == {(kind, K) for kind in ("gauss", "outlier", "one sign") for K in (512, 2048, 7168)}, product
 
 
-@pytest.mark.parametrize("measure", ["observed_over_allowed", "misrounded_over_allowed"])
-def test_no_product_breaks_what_its_claim_allows(measure: str) -> None:
-    worst = max(ROWS, key=lambda row: row[measure])
+def test_no_product_breaks_what_its_claim_allows() -> None:
+    worst = max(ROWS, key=lambda row: row["observed_over_allowed"])
 
-    assert 0.1 < worst[measure] <= 1, worst
+    assert 0.1 < worst["observed_over_allowed"] <= 1, worst
 
 
 def test_misround_rates_are_those_that_the_policy_expects() -> None:
@@ -69,21 +64,38 @@ def test_misround_rates_are_those_that_the_policy_expects() -> None:
 
 @pytest.mark.parametrize("operands", list(PRODUCTS))
 @pytest.mark.parametrize("kind", ["gauss", "outlier", "one sign"])
-def test_the_constants_in_use_are_those_that_were_measured_against(operands: str, kind: str) -> None:
-    """The operands again, from the same integers: what the judge expects of them today is what the record was held against."""
+def test_no_element_is_allowed_less_than_was_measured(operands: str, kind: str) -> None:
+    """The operands again, from the same integers: what the judge allows them today holds for what was measured."""
     script = _script()
     a, w = script.operands(operands, kind, 512, "cpu")
     mine = [row for row in ROWS if (row["operands"], row["data"], row["K"]) == (operands, kind, 512)]
     for claim in {row["claim"] for row in mine}:
-        exact, error, chances = script.expectation(operands, claim, a, w)
+        _, error, _ = script.expectation(operands, claim, a, w)
         scale = float((error / (a.double().abs() @ w.double().abs().T)).max())
         for row in (row for row in mine if row["claim"] == claim):
-            assert row["expected_misrounded_16bit"] == pytest.approx(float(chances.mean()), rel=1e-6)
-            assert row["misrounded_over_allowed"] == pytest.approx(
-                row["misrounded_16bit"] * exact.numel() / float(allowance(chances.sum())), rel=1e-6
-            )
             # No element is allowed more than `scale` of its S.
             assert row["worst_over_uS"] * row["unit"] / scale <= row["observed_over_allowed"] * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("K", [512, 2048, 7168])
+@pytest.mark.parametrize("operands", list(PRODUCTS))
+@pytest.mark.parametrize("kind", ["gauss", "outlier", "one sign"])
+def test_the_expected_share_of_misroundings_holds_the_measured_one_and_follows_it(operands: str, kind: str, K: int) -> None:
+    """Of a claim's products the one that is misrounded most often is so 1.2 times less often than is expected, unless all
+    elements may be, and no less than a twelfth as often: other cores cut in shorter steps, and short fp8 products lose nothing.
+    """
+    script = _script()
+    a, w = script.operands(operands, kind, K, "cpu")
+    mine = [row for row in ROWS if (row["operands"], row["data"], row["K"]) == (operands, kind, K)]
+    for claim in {row["claim"] for row in mine}:
+        if (operands, claim) == ("fp8", "fp32"):
+            continue  # fp8 values multiplied in float32: hardly a product has a bit to lose
+        exact, _, chances = script.expectation(operands, claim, a, w)
+        expected = float(chances.mean())
+        most = max(row["misrounded_16bit"] for row in mine if row["claim"] == claim)
+
+        assert most <= (expected / 1.2 if expected < 0.99 else 1), (claim, expected, most)
+        assert expected <= 12 * most + 6 / exact.numel(), (claim, expected, most)
 
 
 def test_rows_that_name_a_measurement_have_one() -> None:
