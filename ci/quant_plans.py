@@ -1,6 +1,6 @@
 """The fused quantised layers' tables, from the times of single products that ci/quant_probe.py measured.
 
-    PYTHONPATH=src python ci/quant_plans.py PROBE.json [--folder optimized]
+    PYTHONPATH=src python ci/quant_plans.py PROBE.json .. [--folder optimized]
 
 A plan is the pair of tiles of one height whose times, with the pass that quantises h where GEMM1 cannot, add up to the least.
 One file a scheme, and one a scheme with the tensor core's own sums (`-fast`), in the form that `moeproof tune` writes.
@@ -87,12 +87,12 @@ def tables(found: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("probe", type=Path)
+    parser.add_argument("probe", type=Path, nargs="+")
     parser.add_argument("--folder", type=Path, default=Path("optimized"))
     options = parser.parse_args()
-    probe = json.loads(options.probe.read_text(encoding="utf-8"))
-    how = {key: value for key, value in probe.items() if key != "found"}
-    for name, table in tables(probe["found"]).items():
+    probes = [json.loads(path.read_text(encoding="utf-8")) for path in options.probe]
+    how = {key: value for key, value in probes[0].items() if key != "found"}
+    for name, table in tables([f for probe in probes for f in probe["found"]]).items():
         results.write(options.folder / f"plans_sm90_{name}.json", table | {"made": how})
         print(name, sum(len(row) for row in table["plans"].values()), "plans")
 

@@ -1,6 +1,6 @@
 """Time every tile that the fused quantised layers may use, product by product, at work points of `moeproof bench` (NVIDIA GPU).
 
-    PYTHONPATH=src python ci/quant_probe.py RESULTS.json [--jobs 30] [--seconds 140]
+    PYTHONPATH=src python ci/quant_probe.py RESULTS.json [--scheme fp8_block ..] [--jobs 30] [--seconds 140]
 
 A layer is the sum of its kernels, and GEMM1 and GEMM2 choose their tiles apart (but for the height): this needs far fewer
 launches than a search over whole layers, and says which formulation wins. Each tile's result is compared with float32 products
@@ -24,11 +24,12 @@ import torch
 
 from moeproof.harness.reports import results
 from moeproof.harness.timing.points import SIZES
-from moeproof.optimized.align import Alignment
+from moeproof.optimized.align import Alignment, align
+from moeproof.optimized.combine import combine
 from moeproof.optimized.quant import fused_gemm, packed_gemm
 from moeproof.optimized.quant.fused_gemm import down, gate_up_act, requantises
 from moeproof.optimized.quant.rows import code_rows, quantise_rows
-from moeproof.optimized.quant.search import strips, tiles
+from moeproof.optimized.quant.search import SHORT, strips, tiles
 from moeproof.optimized.quant.vector import vector_down, vector_gate_up_act
 from moeproof.optimized.slots import Slots
 from moeproof.optimized.tiles import Tile
@@ -38,6 +39,7 @@ from moeproof.reference.contract.schemes import Quantiser
 
 Tensor = torch.Tensor
 E4M3, BF16, SILU, MXFP4 = torch.float8_e4m3fn, torch.bfloat16, Activation(), "mxfp4_w4a16"
+MANY = {"dsv3full": (256, 4096, 16384, 16)}
 GROUPS = (1, 4, 16)
 """Heights of a group of row blocks, tried with each point's best tile."""
 
@@ -140,10 +142,11 @@ class Point:
         return found
 
     def run_first(self, a: Alignment, h: Rows, tile: Tile) -> Tensor:
+        short = tile.block_m <= SHORT  # as the tables have it
         if self.scheme == MXFP4:
-            packed_gemm.gate_up_act(self.x[0], self.w.w1, h[0], a, tile, (2 * self.I, self.H), self.K, SILU)
+            packed_gemm.gate_up_act(self.x[0], self.w.w1, h[0], a, tile, (2 * self.I, self.H), self.K, SILU, None, short)
         else:
-            gate_up_act(self.x, self.w.w1, h, a, tile, self.K, SILU, BF16)  # type: ignore[arg-type]
+            gate_up_act(self.x, self.w.w1, h, a, tile, self.K, SILU, BF16, None, short)  # type: ignore[arg-type]
         return h[0]
 
     def second(self, tile: Tile) -> list[Callable[[], Tensor]]:
@@ -157,10 +160,11 @@ class Point:
         return found
 
     def run_second(self, a: Alignment, h: Rows, tile: Tile) -> Tensor:
+        short = tile.block_m <= SHORT
         if self.scheme == MXFP4:
-            packed_gemm.down(h[0], self.w.w2, self.y, a, tile, self.I)
+            packed_gemm.down(h[0], self.w.w2, self.y, a, tile, self.I, None, None, short)
         else:
-            down(h, self.w.w2, self.y, a, tile)  # type: ignore[arg-type]
+            down(h, self.w.w2, self.y, a, tile, None, None, short)  # type: ignore[arg-type]
         return self.y
 
     def row(self, side: str, rows: Rows, place: int, columns: int) -> Tensor:
@@ -227,10 +231,33 @@ def limit(product: str, tile: Tile, scheme: str) -> float:
     return 0.02 if tile.fast else 0.006
 
 
+def run_rest(model: str, scheme: str, M: int) -> None:
+    """What a layer launches beside its products, at its real sizes: compiled for whoever times layers next."""
+    E, K, H, I = SIZES[model]  # noqa: E741
+    x = torch.zeros(M, H, device="cuda", dtype=BF16)
+    slots = Slots(torch.arange(K, device="cuda", dtype=torch.int32).repeat(M, 1), E, E)
+    if scheme == MXFP4:
+        packed_gemm.permute(x, M * K / E < 48, first=False)
+    for height, least, most in ((16, 0, 24), (32, 8, 48), (64, 20, 140), (128, 48, 1e9)):
+        if least <= M * K / E <= most:
+            overlap = height <= SHORT
+            a = align(slots, height, overlap)
+            if scheme != MXFP4:
+                quantise_rows(x, a2(scheme), overlap=overlap, first=True)
+                h = torch.zeros(a.sorted_slots.numel(), I, device="cuda", dtype=BF16)
+                quantise_rows(h, a2(scheme), a.num_padded, overlap)
+            y = torch.zeros(M * K, H, device="cuda", dtype=BF16)
+            combine(y, torch.ones(M, K, device="cuda"), slots, x, overlap=overlap)
+
+
 def compile_some(tasks: list[tuple[str, str, str, str]]) -> list[str]:
     failed = []
     for model, scheme, product, text in tasks:
         try:
+            if product == "rest":
+                run_rest(model, scheme, int(text))
+                torch.cuda.empty_cache()
+                continue
             w = weights(model, scheme, 2)
             if text.startswith("v"):
                 Token(model, scheme, w, 2).call(product, Strip.parse(text.split()[0]), text.endswith("overlap"))()
@@ -361,9 +388,14 @@ def has_time(f: dict[str, object]) -> bool:
     return "us" in f and f["us"] == f["us"]
 
 
+def has_strips(model: str, scheme: str) -> bool:
+    return model != "dsv3full" and scheme != MXFP4
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path)
+    parser.add_argument("--scheme", action="append", default=[])
     parser.add_argument("--jobs", type=int, default=30)
     parser.add_argument("--seconds", type=float, default=140.0)
     options = parser.parse_args()
@@ -371,9 +403,13 @@ def main() -> None:
     plan = [("qwen3", "fp8_block"), ("qwen3", "fp8_token"), ("qwen3", MXFP4), ("gptoss", MXFP4), ("mixtral", "fp8_block"),
             ("mixtral", "fp8_token"), ("dsv3ep8", "fp8_block"), ("dsv3ep8", "fp8_token"), ("gptoss", "fp8_token"),
             ("dsv3full", "fp8_block")]  # fmt: skip
-    compiled = (("qwen3", "fp8_block"), ("qwen3", "fp8_token"), ("gptoss", "fp8_token"), ("qwen3", MXFP4), ("gptoss", MXFP4))
+    plan = [(model, scheme) for model, scheme in plan if not options.scheme or scheme in options.scheme]
+    compiled = [("qwen3", scheme) for scheme in dict.fromkeys(s for _, s in plan)]
+    compiled += [("gptoss", scheme) for model, scheme in plan if model == "gptoss"]
     tasks = [(m, s, p, str(t)) for m, s in compiled for p in ("first", "second") for t in tiles(s, p)]
-    tasks += [(m, s, "layer", f"{t}{o}") for m, s in plan[:2] + plan[4:9] for t in strips() for o in ("", " overlap")]
+    tasks += [(m, s, "layer", f"{t}{o}") for m, s in plan if has_strips(m, s) for t in strips() for o in ("", " overlap")] + [
+        (m, s, "rest", str(M)) for m, s in plan for M in (16, 64, 256, 1024, 4096, 16384)
+    ]
     context = multiprocessing.get_context("spawn")
     bad: set[str] = set()
     with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
@@ -389,9 +425,9 @@ def main() -> None:
         torch.cuda.empty_cache()
         w = weights(model, scheme)
         before = len(found)
-        if model != "dsv3full" and scheme != MXFP4:
+        if has_strips(model, scheme):
             try_strips(model, scheme, w, found)
-        for M in (64, 16, 256, 1024) if scheme == MXFP4 else (64, 1024, 4096, 16, 16384, 256):
+        for M in MANY.get(model, (64, 16, 256, 1024) if scheme == MXFP4 else (64, 1024, 4096, 16, 16384, 256)):
             point = Point(model, scheme, M, w)
             for product in ("first", "second"):
                 try_tiles(point, product, bad, found, deadline)
