@@ -3,10 +3,11 @@
     python ci/accumulators.py docs/results/accumulators-h100.json
 
 For each product, operand format, kind of data and length K: the largest |error| / (u S) with S = sum |a||w| and u = 2^-24
-(2^-13 for fp8 operands, as docs/tolerances.md states its constants), the largest error over what the product's claim allows,
-the relative bias on data of one sign, and the misround rate: the share of results that, stored in 16 bits (fp16 for fp16
-operands, else bf16), are not the exact result's own rounding, beside the share that the misrounding count expects. The
-reference is a float64 product of the same operands. Exit code 1 where a product breaks its bound or its count.
+(2^-13 for fp8 operands, as docs/tolerances.md states its constants), the same over u Q with Q^2 = sum a^2 w^2, the size of a
+sum of mixed signs, and over what the product's claim allows; the relative bias on data of one sign; and the misround rate,
+the share of results that, stored in 16 bits (fp16 for fp16 operands, else bf16), are not the exact result's own rounding,
+beside the share that the misrounding count expects. The reference is a float64 product of the same operands. Exit code 1
+where a product breaks its bound or its count.
 """
 
 from __future__ import annotations
@@ -178,12 +179,14 @@ def _point(name: str, label: str, run: Callable[[Tensor, Tensor], Tensor], kind:
         return row | {"error": str(error).split("\n")[0][:200]}
     exact, error, chances = expectation(name, claim, a, w)
     S = a.double().abs() @ w.double().abs().T
+    Q = (a.double() ** 2 @ (w.double() ** 2).T).sqrt()
     # Results stored in 16 bits carry one rounding more: it is taken off.
     half_ulp = ulp(exact, narrow(name)) / 2 if "stored" in label else torch.zeros_like(exact)
     excess = ((got - exact).abs() - half_ulp).clamp(min=0)
     wrong = int((round_to(got, narrow(name)) != round_to(exact, narrow(name))).sum())
     return row | {
         "worst_over_uS": float((excess / (unit * S)).max()),
+        "worst_over_uQ": float((excess / (unit * Q)).max()),
         "observed_over_allowed": float((excess / error).max()),
         "relative_bias": float(((got - exact) / exact.abs()).mean()) if kind == "one sign" else None,
         "misrounded_16bit": wrong / exact.numel(),

@@ -38,9 +38,9 @@ from moeproof.harness.cases.sample import sample
 from moeproof.harness.cases.tiers import cases_of, preset_cases
 from moeproof.harness.judging.pairs import as_candidate
 from moeproof.harness.reports import results
-from moeproof.optimized.cuda import toolkit
+from moeproof.optimized.cuda import quant_stages, stages, toolkit
 from moeproof.optimized.cuda.build import build_all
-from moeproof.optimized.cuda.candidates import candidates
+from moeproof.optimized.cuda.candidates import MIXES, QUANT_MIXES, candidates
 
 PARTS = ("build", "first", "verdicts", "faults", "sanitizer", "timings")
 FIRST = (
@@ -49,6 +49,10 @@ FIRST = (
     "T=9,H=160,I=96,E=5,K=2,scheme=fp8_token",
 )
 """A small case for each candidate, before anything longer."""
+ROUTED = (
+    "T=1024,H=8,I=8,E=128,K=8,router=softmax:renorm=sum",
+    "T=2000,H=8,I=8,E=60,K=6,router=sigmoid:bias:groups=4/2:top2:renorm=sum,logits=ties",
+)
 QUANTISED = (
     *(f"scheme={name}" for name in ("fp8_tensor_static", "mxfp8", "mxfp8_up", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp4_w4a8_static")),
     *(
@@ -58,6 +62,9 @@ QUANTISED = (
     ),
     "scheme=fp8_block,dtype=fp16,routing=minus1,strided=1",
     "scheme=fp8_token,dtype=fp32,act=swigluoai,routing=dup",
+    "scheme=fp8_token,act=swigluoai,routing=minus1,strided=1",
+    "scheme=fp8_token,routing=empty,ep=2,values=hetero",
+    "scheme=fp8_token,shared=32,act=relu2_no_mul,routing=hot",
     "scheme=mxfp4_w4a4_up,dtype=fp16,act=relu2_no_mul",
 )
 LONGEST = 45.0
@@ -77,6 +84,22 @@ def cases() -> list[str]:
     ]
 
 
+def seams(verdicts: list[dict]) -> dict[str, dict[str, int]]:  # type: ignore[type-arg]
+    """Passed verdicts of every pair of backends at every seam: the matrix of who hands tensors to whom."""
+    plain = MIXES | {jobs.TRITON: ()}, stages.SEAMS, ""
+    quant = QUANT_MIXES | {f"{jobs.TRITON}-quant": ()}, quant_stages.SEAMS, "quantised: "
+    found: dict[str, dict[str, int]] = {}
+    for mixes, pairs, prefix in (plain, quant):
+        passed = {name: sum(v["outcome"] == "PASS" for v in verdicts if v["candidate"] == name) for name in mixes}
+        for pair in pairs[1:] if pairs is stages.SEAMS else pairs:  # the first is jobs.routed's
+            row: dict[str, int] = {}
+            for name, cuda in mixes.items():
+                backends = ", ".join("cuda" if stage in cuda else "triton" for stage in pair)
+                row[backends] = row.get(backends, 0) + passed[name]
+            found[prefix + " > ".join(pair)] = row
+    return found
+
+
 class Check:
     """A run: its parts write into `record`, and whatever is not well into `wrong`."""
 
@@ -92,7 +115,7 @@ class Check:
         """Run one, keep what it found, and say how long it took."""
         begun = time.monotonic()
         found = getattr(self, name)() if begun < self.until else deadlines.lost("not begun: the time was up")
-        if "lost" in found:
+        if found.get("lost"):
             self.note(found | {"part": name})
         self.record[name] = found | {"seconds": round(time.monotonic() - begun, 1)}
         results.write(self.output, self.record | {"wrong": len(self.wrong)})
@@ -124,6 +147,7 @@ class Check:
     def first(self) -> dict[str, object]:
         work: list[deadlines.Job] = [functools.partial(jobs.verify, line) for line in FIRST]
         work += [functools.partial(jobs.history, c.name) for c in candidates()]
+        work += [functools.partial(jobs.routed, line) for line in ROUTED]
         work += [functools.partial(jobs.index_width, stage) for stage in jobs.strides.checks("cuda")]
         return {"each": self.run(work, min(self.until, time.monotonic() + 60))}
 
@@ -133,7 +157,8 @@ class Check:
         verdicts = [v for row in found for v in row.get("verdicts", [])]
         outcomes = sorted({v["outcome"] for v in verdicts})
         counts = {name: sum(v["outcome"] == name for v in verdicts) for name in outcomes}
-        return {"cases": len(lines), "lost": sum("lost" in row for row in found)} | counts | {"each": verdicts}
+        lost = sum("lost" in row for row in found)
+        return {"cases": len(lines), "lost": lost} | counts | {"seams": seams(verdicts), "each": verdicts}
 
     def faults(self) -> dict[str, object]:
         work = [functools.partial(jobs.hunt, fault.name) for fault in faults.FAULTS if fault.judged]
@@ -151,7 +176,7 @@ class Check:
         for row in found:
             if not sanitizer.well(row):
                 self.note(row)
-        return {"each": found}
+        return {"clean": sum(r["errors"] == 0 for r in found if not r["fault"]), "each": found}
 
     def timings(self) -> dict[str, object]:
         bandwidth = copy_bandwidth()

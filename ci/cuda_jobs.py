@@ -23,17 +23,24 @@ from moeproof.harness.cases.inputs import make_inputs
 from moeproof.harness.judging.judge import judge
 from moeproof.harness.judging.pairs import as_candidate
 from moeproof.harness.verdict import Outcome, Verdict
-from moeproof.optimized.cuda import toolkit
+from moeproof.optimized.cuda import stages, toolkit
 from moeproof.optimized.cuda.build import build_all
-from moeproof.optimized.cuda.candidates import candidates
+from moeproof.optimized.cuda.candidates import candidate, candidates, quant_candidate
+from moeproof.optimized.slots import Slots
 from moeproof.reference.contract import Candidate
 
 Row = dict[str, object]
-FINE = (Outcome.PASS, Outcome.UNSUPPORTED)
+TRITON = "all-triton"
+"""Both layers with no stage from CUDA: what completes the matrix of backends."""
+
+
+def everything() -> list[Candidate]:
+    """All candidates, the pairs among them too, and the layers from Triton's stages alone."""
+    return [*map(as_candidate, candidates()), candidate(TRITON, ()), quant_candidate(f"{TRITON}-quant", ())]
 
 
 def by_name(name: str) -> Candidate:
-    return as_candidate(next(c for c in candidates() if c.name == name))
+    return next(c for c in everything() if c.name == name)
 
 
 def _facts(verdict: Verdict) -> Row:
@@ -49,12 +56,27 @@ def verify(line: str) -> Row:
     """Verdicts of every candidate that takes the case: one process does them all, so that the oracle works once."""
     modes.choose("device")
     case = parse_case(line)
-    return {"case": line, "verdicts": [_facts(judge(candidate, case, "cuda")) for candidate in candidates()]}
+    return {"case": line, "verdicts": [_facts(judge(candidate, case, "cuda")) for candidate in everything()]}
 
 
 def index_width(stage: str) -> Row:
     """Does a call on far-apart rows agree with that on small tensors?"""
     return {"index_width": stage, "agrees": strides.checks("cuda")[stage]()}
+
+
+def routed(line: str) -> Row:
+    """Either router's ids through either sort: one alignment, bit for bit."""
+    modes.choose("device")
+    inputs = make_inputs(parse_case(line), "cuda")
+    p = inputs.problem
+    found = []
+    for first in (stages.TRITON, stages.CUDA):
+        ids = stages.routing(inputs, first)["topk_ids"]
+        for second in (stages.TRITON, stages.CUDA):
+            a = second.align(Slots(ids, p.routed_ids + p.router.fused_shared, p.routed_ids + p.router.fused_shared), 16)
+            found.append((ids, a.sorted_slots, a.block_expert, a.num_padded, a.counts))
+    same = all(torch.equal(x, y) for other in found[1:] for x, y in zip(found[0], other, strict=True))
+    return {"routed": line, "agrees": same}
 
 
 def history(name: str) -> Row:
@@ -118,6 +140,6 @@ def hunt(name: str) -> Row:
         else:
             verdict = judge(by_name(fault.candidate), parse_case(fault.case), "cuda")
             words = verdict.findings[0].message if verdict.findings else verdict.reason
-            caught = verdict.outcome in (Outcome.FAIL, Outcome.FLAKY) or "CUDA error" in words
+            caught = verdict.outcome in (Outcome.FAIL, Outcome.FLAKY) or "CUDA" in words
     row: Row = {"fault": name, "stands_for": fault.stands_for, "caught": caught, "words": words}
     return row | {"seconds": round(time.perf_counter() - start, 2)}

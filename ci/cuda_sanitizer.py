@@ -48,16 +48,20 @@ CASES = (
 def _move_only(a: Tensor, w: Tensor, out: Tensor, alignment: Alignment, slots_per_row: int, bias: Tensor | None = None) -> None:
     """Around a product: rows are gathered and scattered. The product is another library's, and gives ones."""
     grouped_gemm.gather(a, alignment, out.size(0), slots_per_row)
-    ones = torch.ones(alignment.sorted_slots.numel(), out.size(1), dtype=out.dtype, device=out.device)
     grouped_gemm.group_ends(alignment)
-    grouped_gemm.scatter(ones, out, alignment)
+    grouped_gemm.scatter(_ones(alignment.sorted_slots.numel(), out), out, alignment)
+
+
+def _ones(count: int, like: Tensor) -> Tensor:
+    """(count, columns of `like`), copied from the host: what a kernel that is not watched wrote would count as unwritten."""
+    return torch.ones(count, like.size(1), dtype=like.dtype).cuda()
 
 
 def _move_scaled(x: Rows, w: object, out: Tensor, alignment: Alignment, slots_per_row: int, dtype: object) -> None:
     assert x.scale is not None
     if x.scale.size(0) > 1 and x.scale.dtype == torch.float32:
         grouped_gemm.gather(x.scale, alignment, out.size(0), slots_per_row)
-    _move_only(torch.ones(out.size(0), 8, dtype=out.dtype, device=out.device), out, out, alignment, 1)
+    _move_only(_ones(out.size(0), out), out, out, alignment, 1)
 
 
 PLAIN = replace(stages.CUDA, gemm1=_move_only, gemm2=_move_only)

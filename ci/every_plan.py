@@ -1,9 +1,10 @@
 """Verify every plan that the fused layer can choose, and every tile and strip the search may try, not only today's choice.
 
-    PYTHONPATH=src python ci/every_plan.py [--only table|kinds] [--mode auto] [--jobs 1] [--output docs/results/every-plan.json]
+    PYTHONPATH=src python ci/every_plan.py [--scheme fp8_block] [--only table|kinds] [--jobs 1] [--output RESULTS.json]
 
 Small cases with ragged sizes around the tiles' edges, through the judge. --only table leaves out what only the search tries,
---only kinds takes one plan of each kind beside the table. Exit code 0 when every verdict is PASS.
+--only kinds takes one plan of each kind beside the table. With --scheme the fused layers of that scheme; `-fast` at its end
+means the tensor core's own sums of fp8 products. Exit code 0 when every verdict is PASS.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -38,10 +40,23 @@ STRIP_CASES = (
     "T=2,H=24,I=16,E=4,K=3,dtype=fp16,act=swigluoai,expert_bias=1,routing=minus1",
 )
 """For few tokens, as they are chosen."""
+QUANT_TILE_CASES = (
+    "T=33,H=416,I=160,E=5,K=3",
+    "T=70,H=160,I=288,E=2,K=1,routing=minus1",
+    "T=9,H=288,I=128,E=4,K=2,act=swigluoai,expert_bias=1,routing=dup",
+    "T=16,H=256,I=256,E=6,K=2,values=pin,routing=empty",
+)
+QUANT_STRIP_CASES = (
+    "T=3,H=160,I=288,E=4,K=2,routing=dup",
+    "T=1,H=288,I=160,E=4,K=1",
+    "T=2,H=128,I=416,E=4,K=3,act=swigluoai,expert_bias=1,routing=minus1",
+)
+"""Widths of whole groups of 32, but not of 128; the exact probe of a scheme."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--scheme", default="")
     parser.add_argument("--only", choices=("table", "kinds"))
     parser.add_argument("--mode", default="auto")
     parser.add_argument("--jobs", type=int, default=1)
@@ -49,16 +64,14 @@ def main() -> int:
     options = parser.parse_args()
     _start(options.mode)
     start = time.monotonic()
-    texts = plans(options.only)
-    work = [(text, line) for text in texts for line in (STRIP_CASES if text.startswith("v") else TILE_CASES)]
+    scheme = options.scheme
+    texts = quant_plans(scheme, options.only) if scheme else plans(options.only)
+    work = [(text, line, scheme) for text in texts for line in cases(text, scheme)]
     if options.jobs == 1:
         verdicts = _verify(work)
     else:
         # A plan's cases stay together, in shares small enough to even out.
-        shares = [
-            [(text, line) for text, line in work if texts.index(text) % (4 * options.jobs) == i]
-            for i in range(4 * options.jobs)
-        ]
+        shares = [[one for one in work if texts.index(one[0]) % (4 * options.jobs) == i] for i in range(4 * options.jobs)]
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(options.jobs, mp_context=context, initializer=_start, initargs=(options.mode,)) as pool:
             verdicts = [found for some in pool.map(_verify, shares) for found in some]
@@ -82,8 +95,16 @@ def _start(mode: str) -> None:
     modes.choose(mode)
 
 
-def _verify(work: Sequence[tuple[str, str]]) -> list[tuple[str, Verdict]]:
-    return [(text, judge(candidate(text), parse_case(line))) for text, line in work]
+def _verify(work: Sequence[tuple[str, str, str]]) -> list[tuple[str, Verdict]]:
+    return [(text, judge(candidate(text, scheme), parse_case(line))) for text, line, scheme in work]
+
+
+def cases(text: str, scheme: str) -> list[str]:
+    """Case lines of a plan."""
+    if not scheme:
+        return list(STRIP_CASES if text.startswith("v") else TILE_CASES)
+    own = QUANT_STRIP_CASES if text.startswith("v") else QUANT_TILE_CASES
+    return [f"{line},scheme={scheme.removesuffix('-fast')}" for line in own]
 
 
 def _as_dict(text: str, v: Verdict) -> dict[str, object]:
@@ -108,9 +129,37 @@ def plans(only: str | None) -> list[str]:
     return list(dict.fromkeys(str(fit(plan, device)) for plan in found))
 
 
-def candidate(text: str) -> Candidate:
+def quant_plans(scheme: str, only: str | None) -> list[str]:
+    """Of the fused layers of one scheme: the table and the rule, and without `only` every tile and strip of the search."""
+    from moeproof.optimized.plans import Plan, fit, selectable
+    from moeproof.optimized.quant import search
+
+    plain, fast = scheme.removesuffix("-fast"), scheme.endswith("-fast")
+    found = [plan for plan in selectable("sm90", scheme) if plain != "mxfp4_w4a16" or "v" not in str(plan)]
+    if only is None:
+        for height in (16, 32, 64, 128, 256):
+            first, second = (
+                [t for t in search.tiles(plain, p) if t.block_m == height and (fast or not t.fast)] for p in ("first", "second")
+            )
+            longest = max(len(first), len(second)) if first and second else 0
+            found += [Plan(first[i % len(first)], second[i % len(second)]) for i in range(longest)]
+        if plain != "mxfp4_w4a16":
+            found += [Plan(strip, strip, overlap) for strip in search.strips() for overlap in (False, True)]
+    device = torch.device(modes.default_device())
+    return list(dict.fromkeys(str(fit(plan, device)) for plan in found))
+
+
+def candidate(text: str, scheme: str = "") -> Candidate:
     from moeproof.optimized.candidates import CLAIMS, TUNING
 
+    if scheme:
+        from moeproof.optimized.quant.candidates import quant_candidates
+
+        name = "triton-mxfp4" if scheme.startswith("mxfp4") else "triton-fp8-fast" if "-fast" in scheme else "triton-fp8-fused"
+        found = next(c for c in quant_candidates() if isinstance(c, Candidate) and c.name == name)
+        tuning = found.tuning
+        assert tuning is not None
+        return replace(found, run=lambda inputs: tuning.run(inputs, text), tuning=None)
     return Candidate(name="triton-fused", run=lambda inputs: TUNING.run(inputs, text), claims=CLAIMS, backend="triton")
 
 

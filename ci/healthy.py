@@ -4,10 +4,10 @@
     python ci/healthy.py docs/results/healthy-h100.json --parts compiled --cases 8000 --mode device --jobs 16 --seconds 150
     python ci/healthy.py docs/results/healthy-cpu.json --merge elsewhere.json ..
 
-Parts: `cover` every pair of values of two axes; `sweep` every 16-bit gate; `random` and `quantised` --cases random cases each,
-`compiled` as many of a few layers, for which few kernels are compiled; `histories` side stream and CUDA-graph replay (GPU);
-`huge` offsets beyond 2^31 elements (GPU, 60 GB, a minute; give it --jobs 1). --candidates takes names, and `torch`, `triton`
-and `cuda` for all of a kind. A stage check is one tensor of one case judged against its bound.
+Parts: `cover` every pair of values of two axes; `sweep` every 16-bit gate and every code; `random` and `quantised` as many
+random cases as --cases says, `compiled` as many of a few layers, for which few kernels are compiled; `histories` side stream
+and CUDA-graph replay (GPU); `huge` offsets beyond 2^31 elements (GPU, 60 GB, a minute; give it --jobs 1). --candidates takes
+names, and `torch`, `triton` and `cuda` for all of a kind. A stage check is one tensor of one case judged against its bound.
 
 Pieces go to the processes as these get free, and the file is written every 20 seconds: a run that ends early loses at most
 that, and the same command goes on from there. Records of other machines are added by --merge. Exit code 0 when nothing alarmed.
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import multiprocessing
 import os
 import sys
@@ -30,13 +31,15 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import torch
+
 from moeproof.harness import modes, workers
 from moeproof.harness.cases.axes import covering
 from moeproof.harness.cases.case import Case, parse_case
 from moeproof.harness.cases.compiled_sample import RUN, compiled_case
 from moeproof.harness.cases.quant_sample import draw_quantised
 from moeproof.harness.cases.sample import draw
-from moeproof.harness.cases.tiers import cases_of, sweep_cases
+from moeproof.harness.cases.tiers import cases_of
 from moeproof.harness.judging import campaign
 from moeproof.harness.judging.campaign import Piece, Record
 from moeproof.harness.judging.judge import judge
@@ -52,6 +55,8 @@ HUGE = (
 )
 KINDS = ("torch", "triton", "cuda")
 WRITE_SECONDS = 20
+STARTS = 3
+"""Sets of processes, where one dies."""
 
 
 def histories() -> list[Case]:
@@ -63,7 +68,7 @@ def histories() -> list[Case]:
 ENDLESS: dict[str, Callable[[int], Case]] = {"random": draw, "quantised": draw_quantised, "compiled": compiled_case}
 LISTED: dict[str, Callable[[], Sequence[Case]]] = {
     "cover": covering,
-    "sweep": sweep_cases,
+    "sweep": lambda: cases_of("sweep"),
     "histories": histories,
     "huge": lambda: [parse_case(line) for line in HUGE],
 }
@@ -145,27 +150,33 @@ def run(record: Record, queue: Iterator[Piece], mode: str, options: argparse.Nam
 
 
 def _judged(queue: Iterator[Piece], mode: str, options: argparse.Namespace, begun: float) -> Iterator[Record]:
-    """Records of pieces as they come. Few are begun ahead: what has to wait when time is up is left for the next run."""
+    """Records of pieces as they come. Few are begun ahead: what has to wait when time is up is left for the next run.
+
+    A process that dies takes the others with it: that is an alarm, and new ones go on with what had to wait.
+    """
     context = multiprocessing.get_context("spawn")  # a process in which Triton is not yet imported
-    start = (mode, options.candidates)
     waiting: dict[Future[Record], Piece] = {}
-    with ProcessPoolExecutor(options.jobs, mp_context=context, initializer=_start, initargs=start) as pool:
-        try:
-            while True:
-                while len(waiting) < options.jobs + 2 and time.perf_counter() - begun < options.seconds:
-                    if (piece := next(queue, None)) is None:
-                        break
-                    cases = [case_of(piece.part, number) for number in range(piece.first, piece.end)]
-                    waiting[pool.submit(_judge_piece, piece, cases, mode)] = piece
-                if not waiting:
-                    return
-                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                    yield future.result()
-                    del waiting[future]
-        except BrokenProcessPool:
-            died = Record(mode)
-            died.add_alarm(f"a process died while it judged one of {[tuple(piece) for piece in waiting.values()]}")
-            yield died
+    for _ in range(STARTS):
+        queue, waiting = itertools.chain(waiting.values(), queue), {}
+        with ProcessPoolExecutor(
+            options.jobs, mp_context=context, initializer=_start, initargs=(mode, options.candidates)
+        ) as pool:
+            try:
+                while True:
+                    while len(waiting) < options.jobs + 2 and time.perf_counter() - begun < options.seconds:
+                        if (piece := next(queue, None)) is None:
+                            break
+                        cases = [case_of(piece.part, number) for number in range(piece.first, piece.end)]
+                        waiting[pool.submit(_judge_piece, piece, cases, mode)] = piece
+                    if not waiting:
+                        return
+                    for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                        yield future.result()
+                        del waiting[future]
+            except BrokenProcessPool:
+                died = Record(mode)
+                died.add_alarm(f"a process died while it judged one of {[tuple(piece) for piece in waiting.values()]}")
+                yield died
 
 
 def chosen(names: Sequence[str]) -> list[Candidate]:
@@ -184,8 +195,14 @@ def _start(mode: str, names: list[str]) -> None:
     _candidates[:] = chosen(names)
 
 
+_lost: list[Piece] = []
+"""Where this process lost its GPU: after a failed assertion on the device nothing works any more."""
+
+
 def _judge_piece(piece: Piece, cases: list[Case], mode: str) -> Record:
     """The record of one piece. What the harness itself raises is an alarm: no healthy case may make it."""
+    if _lost:
+        os._exit(1)
     record = Record(mode)
     for case in cases:
         for candidate in _candidates:
@@ -194,8 +211,20 @@ def _judge_piece(piece: Piece, cases: list[Case], mode: str) -> Record:
             except Exception:
                 last = traceback.format_exc(limit=-3)
                 record.add_alarm(f'the harness raised on {candidate.name}, "{case}"\n{last}')
+            if record.alarms and not _gpu_works():
+                _lost.append(piece)
+                return Record(mode, alarms=record.alarms, alarm_texts=record.alarm_texts)
     record.finish(piece)
     return record
+
+
+def _gpu_works() -> bool:
+    try:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    except Exception:  # sticky: whatever it is, the process is of no more use
+        return False
+    return True
 
 
 if __name__ == "__main__":

@@ -12,13 +12,14 @@ import argparse
 import json
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from moeproof.harness.reports import results
 from moeproof.harness.timing.points import SIZES
 from moeproof.optimized.quant.fused_gemm import requantises
-from moeproof.optimized.quant.search import SHORT
+from moeproof.optimized.quant.search import SHORT, tiles
 from moeproof.optimized.tiles import Tile
 from moeproof.reference.contract import Activation
 
@@ -40,10 +41,11 @@ def quantises_apart(scheme: str, tile: Tile, model: str, M: int) -> float:
 def best_pair(found: Found, scheme: str, model: str, M: int, fast: bool) -> tuple[str, float] | None:
     """(plan, microseconds of its products) at one point."""
     times: dict[str, dict[Tile, float]] = {"first": {}, "second": {}}
+    known = {product: {replace(t, group_m=1) for t in tiles(scheme, product)} for product in times}
     for f in found:
         if (f["model"], f["scheme"], f["M"]) == (model, scheme, M) and f.get("us", math.nan) == f.get("us"):
             tile = Tile.parse(f["tile"])
-            if fast or not tile.fast:
+            if replace(tile, group_m=1) in known[f["product"]] and (fast or not tile.fast):
                 own = f["us"] + (quantises_apart(scheme, tile, model, M) if f["product"] == "first" else 0.0)
                 times[f["product"]][tile] = min(own, times[f["product"]].get(tile, math.inf))
     pairs = []
@@ -74,8 +76,8 @@ def tables(found: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
             name = scheme + "-fast" * fast
             table = made.setdefault(name, {"plans": {}, "measured": {}})
             for model, M in sorted({(f["model"], f["M"]) for f in found if f["scheme"] == scheme}):
-                tiles = [f for f in found if "us" in f and not f["tile"].startswith("v")]
-                best = best_strips(found, scheme, model) if M == 1 else best_pair(tiles, scheme, model, M, fast)
+                timed = [f for f in found if "us" in f and not f["tile"].startswith("v")]
+                best = best_strips(found, scheme, model) if M == 1 else best_pair(timed, scheme, model, M, fast)
                 if best is not None:
                     E, K, H, I = SIZES[model]  # noqa: E741
                     table["plans"].setdefault(f"{name} e={E} K={K} H={H} I={I}", {})[str(M)] = best[0]

@@ -18,7 +18,8 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from itertools import zip_longest
+from concurrent.futures.process import BrokenProcessPool
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,16 @@ import torch
 
 from moeproof.harness import modes, workers
 from moeproof.harness.cases.quant_sample import QUANTISED
-from moeproof.harness.judging.quant_campaign import CANDIDATES, PROBE, SHAPES, Row, judge_piece
+from moeproof.harness.judging.quant_campaign import CANDIDATES, PROBE, Row, judge_piece, lost
 from moeproof.harness.registry import load_candidates
 from moeproof.harness.reports import results
 from moeproof.reference.contract import Candidate
 from moeproof.reference.contract.problem import LAYOUTS
 
-PIECE = {"interpret": 2 * PROBE, "device": SHAPES}
-"""Seeds of one task: few seconds of work. On a GPU those that share compiled kernels."""
+PIECE = {"interpret": 8, "device": 25}
+"""Seeds of one task: few seconds of work. On a GPU half of those that share compiled kernels."""
+LOSSES = 8
+"""GPU faults after which a run ends."""
 WRITE = 20.0
 """Seconds between two writes of the results file."""
 Piece = tuple[str, str, list[int]]
@@ -49,7 +52,18 @@ def _start(mode: str, turns: Any) -> None:
 
 
 def _judge(piece: Piece, mode: str, until: float) -> Row:
+    if mode == "device" and lost():
+        os._exit(1)  # the fault was counted with the seed that made it; only a new process gets the GPU back
     return judge_piece(*piece, mode, until, _loaded)
+
+
+def _pool(jobs: int, mode: str) -> ProcessPoolExecutor:
+    """Workers that share the GPUs evenly."""
+    context = multiprocessing.get_context("spawn")  # a process in which Triton is not yet imported
+    turns = context.SimpleQueue()
+    for job in range(jobs):
+        turns.put(job % max(torch.cuda.device_count(), 1))
+    return ProcessPoolExecutor(jobs, mp_context=context, initializer=_start, initargs=(mode, turns))
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -91,37 +105,40 @@ def main() -> int:
     parser.add_argument("--schemes", nargs="+", default=list(QUANTISED), choices=QUANTISED)
     options = parser.parse_args()
     begun, until = time.monotonic(), time.time() + options.seconds
-    gpus = torch.cuda.device_count()
-    mode = options.mode if options.mode != "auto" else "device" if gpus and not modes.interpreting() else "interpret"
+    compiled = torch.cuda.is_available() and not modes.interpreting()
+    mode = options.mode if options.mode != "auto" else "device" if compiled else "interpret"
     done = read(options.output)
     for scheme in options.schemes:
         for layout in LAYOUTS:
             done["rows"].setdefault((scheme, layout), Row(scheme, layout))
     run = results.origin("cuda" if mode == "device" else "cpu", options.output)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of `finally`
-    context = multiprocessing.get_context("spawn")  # a process in which Triton is not yet imported
-    turns = context.SimpleQueue()
-    for job in range(options.jobs):
-        turns.put(job % max(gpus, 1))
     todo = pieces(done["rows"], options.schemes, options.first, options.first + options.cases, mode)
-    waiting: set[Future[Row]] = set()
-    written = begun
-    pool = ProcessPoolExecutor(options.jobs, mp_context=context, initializer=_start, initargs=(mode, turns))
+    waiting: dict[Future[Row], Piece] = {}
+    written, losses = begun, 0
+    pool = _pool(options.jobs, mode)
     try:
         while True:
-            while len(waiting) < 2 * options.jobs and time.time() < until:
+            while len(waiting) < 2 * options.jobs and time.time() < until and losses <= LOSSES:
                 piece = next(todo, None)
                 if piece is None:
                     break
-                waiting.add(pool.submit(_judge, piece, mode, until))
+                waiting[pool.submit(_judge, piece, mode, until)] = piece
             if not waiting:
                 break
-            ended, waiting = wait(waiting, timeout=WRITE, return_when=FIRST_COMPLETED)
-            for future in ended:
-                row = future.result()
-                done["rows"][row.scheme, row.layout].add(row)
-                if row.failures:
-                    print(f"{time.monotonic() - begun:.0f} s", row.scheme, row.layout, *row.failures, sep="\n  ", flush=True)
+            try:
+                for future in wait(waiting, timeout=WRITE, return_when=FIRST_COMPLETED).done:
+                    row = future.result()
+                    del waiting[future]
+                    done["rows"][row.scheme, row.layout].add(row)
+                    if row.failures:
+                        print(
+                            f"{time.monotonic() - begun:.0f} s", row.scheme, row.layout, *row.failures, sep="\n  ", flush=True
+                        )
+            except BrokenProcessPool:
+                losses += 1
+                todo, waiting = chain(list(waiting.values()), todo), {}
+                pool = _pool(options.jobs, mode)
             if time.monotonic() - written > WRITE:
                 written = time.monotonic()
                 passed, of = write(options.output, done, run | {"elapsed": round(written - begun)}, list(QUANTISED))

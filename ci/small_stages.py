@@ -15,6 +15,7 @@ import torch
 from moeproof.harness.reports import results
 from moeproof.harness.timing import timer as bench_timer
 from moeproof.optimized import align_small
+from moeproof.optimized import router as router_module
 from moeproof.optimized.align import align
 from moeproof.optimized.combine import combine
 from moeproof.optimized.router import route
@@ -31,15 +32,24 @@ def us(call: bench_timer.Call) -> float:
     return bench_timer.Graph([call] * 20).time(0.02, most=20, rest=0.0).us
 
 
-def routed(logits: Tensor, router: Router, bias: Tensor | None) -> Tensor:
-    return route(logits, router, K, bias)[0]
+SHAPES = ((1024, 4), (1024, 2), (512, 2), (512, 1), (256, 1), (128, 1))
+"""(scores, warps) of a router's program that are tried."""
 
 
-def sorted_by(slots: Slots, block_m: int, limit: int) -> Tensor:
+def routed(logits: Tensor, router: Router, bias: Tensor | None, shape: tuple[int, int]) -> Tensor:
+    usual = router_module.SCORES, router_module.WARPS
+    router_module.SCORES, router_module.WARPS = shape
+    try:
+        return route(logits, router, K, bias)[0]
+    finally:
+        router_module.SCORES, router_module.WARPS = usual
+
+
+def sorted_by(slots: Slots, block_m: int, limit: int, overlap: bool) -> Tensor:
     """With one launch up to `limit` slots."""
     usual, align_small.SLOTS = align_small.SLOTS, limit
     try:
-        return align(slots, block_m).num_padded
+        return align(slots, block_m, overlap).num_padded
     finally:
         align_small.SLOTS = usual
 
@@ -56,11 +66,15 @@ def at(T: int, gbs: float) -> dict[str, float]:
     y, out = (torch.randn(n, H, device="cuda").to(torch.bfloat16) for n in (T * K, T))
     slots, block_m = Slots(ids, E, E), 16 if T <= 64 else 32 if T <= 256 else 128
     row: dict[str, float] = {"T": T}
+    now = router_module.SCORES, router_module.WARPS
     for name, text in ROUTERS.items():
         router = Router.parse(text)
-        row[name] = us(functools.partial(routed, logits, router, bias if router.bias else None))
+        for shape in dict.fromkeys((now, *(SHAPES if T in (1, 64, 1024) else ()))):
+            own = us(functools.partial(routed, logits, router, bias if router.bias else None, shape))
+            row[name if shape == now else f"{name} {shape[0]}/{shape[1]}"] = own
     for name, limit in (("align, one launch", 8192), ("align, two launches", 0)):
-        row[name] = us(functools.partial(sorted_by, slots, block_m, limit))
+        for overlap in (False, True):
+            row[name + ", overlap" * overlap] = us(functools.partial(sorted_by, slots, block_m, limit, overlap))
     row["align"] = row["align, one launch" if T * K <= align_small.SLOTS else "align, two launches"]
     row["combine"] = us(functools.partial(reduced, y, weights, slots, out))
     row["combine at copy bandwidth"] = (2 * (y.numel() + out.numel()) + 8 * T * K) / (gbs * 1e3)

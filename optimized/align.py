@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from moeproof.optimized import align_small
+from moeproof.optimized.overlap import after_previous, launch_options
 from moeproof.optimized.slots import Slots, local_expert
 
 STEP = 128
@@ -51,9 +52,10 @@ class Alignment:
 def _count(
     histogram, sorted_slots, num_slots, P,
     ids, expert_map, stride_t, stride_k, num_experts, num_local, K,
-    CHUNK: tl.constexpr, FILL: tl.constexpr, EP: tl.constexpr, STEP: tl.constexpr,
+    CHUNK: tl.constexpr, FILL: tl.constexpr, EP: tl.constexpr, STEP: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """histogram[chunk, expert] of live slots; fills this program's stripe of sorted_slots with padding."""
+    after_previous(OVERLAP)
     chunk = tl.program_id(0)
     bins = tl.zeros([EP], tl.int32)
     for first in range(0, CHUNK, STEP):
@@ -72,9 +74,10 @@ def _place(
     histogram, target, counts, block_expert, num_padded, num_slots, num_chunks, B, capacity,
     ids, expert_map, stride_t, stride_k, num_experts, num_local, K,
     BLOCK_M: tl.constexpr, CHUNK: tl.constexpr, MAP: tl.constexpr, EP: tl.constexpr, STEP: tl.constexpr,
-    ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCKS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M > 0: target[position] = slot and the block map. BLOCK_M = 0: target[slot] = expert * capacity + position."""
+    after_previous(OVERLAP)
     chunk = tl.program_id(0)
     expert = tl.arange(0, EP)
     total = tl.zeros([EP], tl.int32)
@@ -128,7 +131,7 @@ def _experts_padded(num_local: int) -> int:
 def align(slots: Slots, block_m: int, overlap: bool = False) -> Alignment:
     """Sort live slots by local expert, stably, and pad each expert's group to a multiple of block_m. See Alignment.
 
-    With `overlap`, a launch that follows may be set up meanwhile (few slots only).
+    With `overlap`, a launch that follows may be set up meanwhile.
     """
     S, e = slots.count, slots.num_local
     # A non-empty expert wastes at most block_m - 1 rows, and there are at most min(S, e) of them.
@@ -150,10 +153,13 @@ def align(slots: Slots, block_m: int, overlap: bool = False) -> Alignment:
     fill = max(triton.next_power_of_2(triton.cdiv(P, num_chunks)), 1024)
     map_size = triton.next_power_of_2(triton.cdiv(B, num_chunks))
     per_step = min(map_size, max(1, 4096 // ep))
-    _count[(num_chunks,)](histogram, rows, S, P, *slots.arguments, CHUNK=chunk, FILL=fill, EP=ep, STEP=STEP)
+    _count[(num_chunks,)](
+        histogram, rows, S, P, *slots.arguments, CHUNK=chunk, FILL=fill, EP=ep, STEP=STEP, **launch_options(overlap, first=True)
+    )
     _place[(num_chunks,)](
         histogram, rows, counts, blocks, padded, S, num_chunks, B, 0, *slots.arguments,
         BLOCK_M=block_m, CHUNK=chunk, MAP=map_size, EP=ep, STEP=STEP, ROWS=max(1, 8192 // ep), BLOCKS=per_step, num_warps=8,
+        **launch_options(overlap),
     )  # fmt: skip
     return result
 
@@ -171,9 +177,9 @@ def batch_rows(slots: Slots, capacity: int) -> tuple[torch.Tensor, torch.Tensor]
     chunk, num_chunks = _chunks(S)
     ep = _experts_padded(e)
     histogram = torch.empty(num_chunks, ep, dtype=torch.int32, device=slots.ids.device)
-    _count[(num_chunks,)](histogram, None, S, 0, *slots.arguments, CHUNK=chunk, FILL=0, EP=ep, STEP=STEP)
+    _count[(num_chunks,)](histogram, None, S, 0, *slots.arguments, CHUNK=chunk, FILL=0, EP=ep, STEP=STEP, OVERLAP=False)
     _place[(num_chunks,)](
         histogram, rows, counts, None, None, S, num_chunks, 0, capacity, *slots.arguments,
-        BLOCK_M=0, CHUNK=chunk, MAP=0, EP=ep, STEP=STEP, ROWS=max(1, 4096 // ep), BLOCKS=1,
+        BLOCK_M=0, CHUNK=chunk, MAP=0, EP=ep, STEP=STEP, ROWS=max(1, 4096 // ep), BLOCKS=1, OVERLAP=False,
     )  # fmt: skip
     return rows, counts

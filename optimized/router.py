@@ -20,6 +20,8 @@ FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
 NONE = tl.constexpr(2**30)
 """No expert: above every id."""
 TINY = tl.constexpr(1e-37)
+SCORES, WARPS = 1024, 4
+"""Of a program: how many scores it holds, and its warps."""
 
 
 @triton.jit
@@ -241,7 +243,7 @@ def route(
         return ids, weights
     groups = max(router.groups, 1)
     gp, sp = triton.next_power_of_2(groups), triton.next_power_of_2(width // groups)
-    bt = min(max((32768 if interpreted() else 1024) // (gp * sp), 1), triton.next_power_of_2(T))
+    bt = min(max((32768 if interpreted() else SCORES) // (gp * sp), 1), triton.next_power_of_2(T))
     table_strides = table_ids_TK.stride() if table_ids_TK is not None else (0, 0)
     _route[(triton.cdiv(T, bt),)](
         logits_TE,
@@ -252,6 +254,6 @@ def route(
         WIDTH=width, K=K, SCORE=router.score, GROUPS=router.groups, KEEP=router.keep,
         TOP2=router.group_score == "top2", REJECTED_ZERO=router.rejected == "zero",
         RENORM=router.renorm, RENORM_VALUE=router.renorm_value, SOFTCAP=router.softcap, JITTER_EPS=router.jitter_eps,
-        FUSED=router.fused_shared, BT=bt, GP=gp, SP=sp, KP=triton.next_power_of_2(slots),
+        FUSED=router.fused_shared, BT=bt, GP=gp, SP=sp, KP=triton.next_power_of_2(slots), num_warps=WARPS,
     )  # fmt: skip
     return ids, weights

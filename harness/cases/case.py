@@ -30,6 +30,7 @@ VALUES = {
     "groups": "normal, with magnitudes spread over 9 binades per token, channel, expert and group of 16 columns",
     "edges": "zero rows and blocks, and an amax at and next to powers of two and at the format's maximum, in every 16 columns",
     "ties": "x lies exactly between codes, where every spelling of a scale formula rounds its own way",
+    "codes": "x holds every code, every midpoint of two and both neighbours of each, under an amax that makes scales exact",
     "pin": "exact probe of a quantised scheme: every scale is a power of two, amax at the format's maximum, sums exact",
 }
 ROUTINGS = {
@@ -142,6 +143,10 @@ class Case:
             check(p.dtype != "fp16", "values=pin leaves fp16's range: use bf16 or fp32")
             check(min(p.H, p.I) >= 16, f"values=pin needs 16 columns, H={p.H} and I={p.I}")
             check(not p.weight_on_input, "values=pin pins x itself: the weight cannot be on the input")
+        if self.values == "codes":
+            q = p.quant.a1
+            check(q is not None and not (q.static or q.two_level), "values=codes needs a scheme that scales x by its own amax")
+            check(not p.weight_on_input, "values=codes places x itself: the weight cannot be on the input")
         if self.values == "cancel":
             check(p.K > 1 and p.E > 1, "values=cancel needs K > 1 slots and E > 1 experts to cancel")
         if self.values == "clamp":

@@ -9,6 +9,7 @@ from moeproof.harness.cases.presets import PRESETS, preset, scaled
 from moeproof.harness.cases.quant_sample import KINDS, QUANTISED, sample_quantised, scheme_cases
 from moeproof.harness.cases.sample import ACTIVATIONS, sample
 from moeproof.reference.contract.errors import known
+from moeproof.reference.contract.schemes import SCHEMES
 
 TIERS = {
     "quick": "one plain layer through every recipe, boundary sizes, each dtype",
@@ -17,7 +18,7 @@ TIERS = {
     "and 200 cases of quantised schemes",
     "soak": "full, and 2,000 random cases, and 2,000 of quantised schemes",
     "far": "offsets beyond 2^31 elements in few rows: 60 GB of a GPU, or of a CPU's address space for plain torch",
-    "sweep": "every 16-bit gate through every activation",
+    "sweep": "every 16-bit gate through every activation, every code and rounding boundary of every dynamic quantiser",
 }
 
 SWEPT = tuple(act for act in dict.fromkeys(ACTIVATIONS) if act != "silu:limit=1")
@@ -81,7 +82,7 @@ def cases_of(tier: str) -> list[Case]:
     """The cases of a tier, in a fixed order."""
     known("tier", tier, TIERS)
     if tier == "sweep":
-        return sweep_cases()
+        return [*sweep_cases(), *code_cases()]
     if tier == "far":
         return [parse_case(line) for line in FAR]
     cases = [parse_case(line) for line in QUICK]
@@ -96,6 +97,13 @@ def cases_of(tier: str) -> list[Case]:
     if tier == "soak":
         cases += [*sample(2000), *sample_quantised(2000, start=200)]
     return cases
+
+
+def code_cases() -> list[Case]:
+    """Every code and boundary of QUANT1, for each scheme that scales x by its own amax, from float32 and from bf16."""
+    swept = [name for name, s in SCHEMES.items() if s.a1 is not None and not (s.a1.static or s.a1.two_level)]
+    sizes = "T=24,H=128,I=128,E=3,K=2"
+    return [parse_case(f"{sizes},dtype={dtype},scheme={name},values=codes") for name in swept for dtype in ("fp32", "bf16")]
 
 
 def sweep_cases() -> list[Case]:

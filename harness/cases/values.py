@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from moeproof.harness.cases import pinned, probes, recipes
+from moeproof.harness.cases import code_sweep, pinned, probes, recipes
 from moeproof.harness.cases.generator import Stream
 from moeproof.reference.contract.problem import Problem
 
@@ -38,6 +38,7 @@ RECIPES: dict[str, tuple[MakeX, MakeW, MakeW]] = {
     "groups": (recipes.groups_x, _alike(recipes.groups_w1), _alike(recipes.groups_w2)),
     "edges": (recipes.edges_x, _alike(recipes.edges_w1), _alike(recipes.edges_w2)),
     "ties": (recipes.ties_x, _normal_w1, _normal_w2),
+    "codes": (code_sweep.codes_x, _normal_w1, _normal_w2),
     "pin": (pinned.pinned_x, _alike(pinned.pinned_w1), _alike(pinned.pinned_w2)),
     "sweep": (probes.sweep_x, probes.sweep_w1, probes.sweep_w2),
 }

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import torch
+
 from moeproof.harness.cases.case import Case
 from moeproof.harness.cases.generator import Stream
 from moeproof.harness.judging.judge import judge
@@ -26,8 +28,6 @@ PRIMARY = {
 BESIDE = ("torch-scaled-grouped",)
 """Judged as well where they support the case."""
 CANDIDATES = (*PRIMARY["standard"], *PRIMARY["batched"], *BESIDE)
-SHAPES = 20
-"""Cases in a row that share sizes, dtype, activation and storage: what a kernel is compiled for."""
 PROBE = 4
 """Every so manyth case is the exact probe."""
 ACTIVATIONS = ("silu", "silu", "silu", "swigluoai", "relu2_no_mul")
@@ -44,14 +44,16 @@ class Sizes:
 
     widths: tuple[tuple[int, int], ...]
     tokens: tuple[int, ...]
-    experts: tuple[int, ...] = (3, 4, 7)
+    experts: tuple[int, ...]
+    share: int
+    """Seeds in a row that share sizes, dtype, activation, storage and strides: what a kernel is compiled for."""
 
 
-# Both have rows of several scale blocks and a short last one, several column tiles, and row tiles that end anywhere. A program
-# costs milliseconds in the interpreter, so large cases are rare there.
+# Both have rows of several scale blocks and a short last one, several column tiles, and row tiles that end anywhere. In the
+# interpreter a program costs milliseconds, so cases are small; on a GPU a kernel costs seconds to compile, so they share it.
 SIZES = {
-    "interpret": Sizes(((168, 40), (40, 168), (200, 72), (72, 264)), (1, 2, 3, 5, 7, 9, 17), (3, 4)),
-    "device": Sizes(((128, 168), (200, 64), (384, 256), (168, 40), (296, 392)), (1, 3, 7, 17, 33, 64, 130, 257)),
+    "interpret": Sizes(((168, 40), (40, 168), (200, 72), (72, 264)), (1, 2, 3, 5, 7, 9, 17), (3, 4), 4),
+    "device": Sizes(((128, 168), (200, 64), (384, 256), (168, 40), (296, 392)), (1, 3, 7, 17, 33, 64, 130, 257), (3, 4, 7), 50),
 }
 
 
@@ -68,14 +70,13 @@ def _unit(scheme: str) -> int:
 def draw(scheme: str, layout: str, seed: int, mode: str, attempt: int = 0) -> Case:
     """The case of this seed; each attempt is another one of the same shapes."""
     sizes, unit, probe = SIZES[mode], _unit(scheme), seed % PROBE == PROBE - 1
-    s = Stream(seed // SHAPES, f"quant campaign shapes {scheme} {layout}")
+    s = Stream(seed // sizes.share, f"quant campaign shapes {scheme} {layout}")
     H, I = (-(-size // unit) * unit for size in _pick(s, sizes.widths))  # noqa: E741  (the project's letter)
-    dtype, act = _pick(s, ("bf16", "bf16", "fp16", "fp32")), _pick(s, ACTIVATIONS)
-    weighted, bias, kn = (bool(s.integers(0, 4, 1)[0] == 0) for _ in range(3))
-    s = Stream(seed, f"quant campaign {scheme} {layout} {attempt}")
     tokens, experts, slots = _pick(s, sizes.tokens), _pick(s, sizes.experts), _pick(s, (1, 2, 3))
-    routing = _pick(s, ("uniform", "hot", "minus1", "dup", "zipf"))
-    values, strided = _pick(s, VALUES), bool(s.integers(0, 8, 1)[0] == 0)
+    dtype, act = _pick(s, ("bf16", "bf16", "fp16", "fp32")), _pick(s, ACTIVATIONS)
+    weighted, bias, kn, strided = (int(s.integers(0, one_of, 1)) == 0 for one_of in (4, 4, 4, 8))
+    s = Stream(seed, f"quant campaign {scheme} {layout} {attempt}")
+    routing, values = _pick(s, ("uniform", "hot", "minus1", "dup", "zipf")), _pick(s, VALUES)
     problem = Problem(
         T=tokens,
         H=H,
@@ -171,19 +172,33 @@ class Row:
 def judge_piece(
     scheme: str, layout: str, seeds: Sequence[int], mode: str, until: float, candidates: dict[str, Candidate]
 ) -> Row:
-    """The row of these seeds alone. None is begun after `until`, by time.time()."""
+    """The row of these seeds alone. None is begun after `until`, by time.time(), nor once the device is lost."""
     row, start = Row(scheme, layout), time.perf_counter()
     for seed in seeds:
-        if time.time() > until:
+        if time.time() > until or (mode == "device" and lost()):
             break
-        for attempt in range(ATTEMPTS):
-            case = draw(scheme, layout, seed, mode, attempt)
-            verdicts = [judge(candidate, case) for candidate in judges(case, candidates, seed)]
-            if not any(v.outcome is Outcome.VACUOUS for v in verdicts):
-                break
-            row.redrawn += 1
-        for verdict in verdicts:
+        for verdict in _judge(row, seed, mode, candidates):
             row.count(verdict)
         row.add(Row(scheme, layout, [[seed, seed + 1]]))
     row.seconds = round(time.perf_counter() - start, 2)
     return row
+
+
+def _judge(row: Row, seed: int, mode: str, candidates: dict[str, Candidate]) -> list[Verdict]:
+    """The verdicts on the first draw of this seed that is not VACUOUS."""
+    for attempt in range(ATTEMPTS):
+        case = draw(row.scheme, row.layout, seed, mode, attempt)
+        verdicts = [judge(candidate, case) for candidate in judges(case, candidates, seed)]
+        if not any(v.outcome is Outcome.VACUOUS for v in verdicts):
+            break
+        row.redrawn += 1
+    return verdicts
+
+
+def lost() -> bool:
+    """Whether a fault has left this process without its GPU: every later call would fail."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False

@@ -2,7 +2,8 @@
 
 Two figures a stage. `stored` is observed/allowed of what a candidate stores, as every verdict reports it: near 1 by nature,
 because half an ulp of the output is both allowed and common. `sum` leaves that rounding out: float32 sums of the eager
-stages over the bound A of the sum alone. Far below 1 means room for hardware that truncates, and for faults.
+stages over the bound A of the sum alone. Far below 1 means room for hardware that truncates, and for faults. `sum_exact`
+counts the elements beside them that are proved exact and compared bit for bit: nearly all, where codes have few bits.
 """
 
 from __future__ import annotations
@@ -34,27 +35,28 @@ from moeproof.reference.oracle.quant_stages import quant1, quant1_input
 LAYOUTS = ("standard", "batched")
 
 
-def sum_ratio(inputs: Inputs) -> tuple[float, int]:
-    """(largest |float32 sum - exact| / A over GEMM1, elements with a bound): the eager sums before any rounding."""
+def sum_ratio(inputs: Inputs) -> tuple[float, int, int]:
+    """(largest |float32 sum - exact| / A over GEMM1, elements with a bound, elements proved exact), before any rounding."""
     p = inputs.problem
     wide = replace(inputs, problem=replace(p, dtype="fp32"))
     if not bool(live_slots(inputs).any()):
-        return 0.0, 0
+        return 0.0, 0, 0
     x = plain(input_rows(inputs, inputs.hidden_states), p.fmt)
     if p.quant.a1 is not None:
         x = decoded(quant1(inputs)).in_slots(inputs.topk_ids.shape[1])
     exact, error = grouped(inputs, "w1", x, inputs.b1, Claims(), p.N)
     got = quant_layer.run(wide, quant1_input(inputs).float(), local_ids(inputs))["gate_up"].double()
-    bounded = (error > 0) & live_slots(inputs)[..., None]
+    live = live_slots(inputs)[..., None]
+    bounded = (error > 0) & live
     ratio = torch.where(bounded, (got - exact).abs() / error.clamp(min=1e-300), 0.0)
-    return float(ratio.max()), int(bounded.sum())
+    return float(ratio.max()), int(bounded.sum()), int(((error == 0) & live).sum())
 
 
 def measure(candidates: list[Candidate], scheme: str, cases: int) -> dict[str, object]:
     """Outcomes and worst ratios of the candidates over `cases` random cases of a scheme in each layout."""
     outcomes: Counter[str] = Counter()
     stored: dict[str, float] = {}
-    worst_sum, elements, pins = 0.0, 0, 0
+    worst_sum, elements, proved, pins = 0.0, 0, 0, 0
     failures: list[str] = []
     for layout in LAYOUTS:
         for seed in range(cases):
@@ -69,8 +71,8 @@ def measure(candidates: list[Candidate], scheme: str, cases: int) -> dict[str, o
                     stored[name] = max(stored.get(name, 0.0), ratio)
                 if verdict.outcome not in (Outcome.PASS, Outcome.UNSUPPORTED):
                     failures.append(f"{candidate.name}: {case}")
-            ratio, count = sum_ratio(make_inputs(case)) if layout == "standard" else (0.0, 0)
-            worst_sum, elements = max(worst_sum, ratio), elements + count
+            ratio, count, exact = sum_ratio(make_inputs(case)) if layout == "standard" else (0.0, 0, 0)
+            worst_sum, elements, proved = max(worst_sum, ratio), elements + count, proved + exact
     return {
         "scheme": scheme,
         "cases": cases * len(LAYOUTS),
@@ -79,6 +81,7 @@ def measure(candidates: list[Candidate], scheme: str, cases: int) -> dict[str, o
         "stored": {name: round(ratio, 4) for name, ratio in sorted(stored.items())},
         "sum": round(worst_sum, 4),
         "sum_elements": elements,
+        "sum_exact": proved,
         "failures": failures,
     }
 

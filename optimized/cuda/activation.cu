@@ -13,9 +13,8 @@ template <typename T, int N> __global__ void __launch_bounds__(THREADS) activati
     const long long row = static_cast<long long>(blockIdx.x) * blockDim.y + threadIdx.y;
     const int i = (blockIdx.y * blockDim.x + threadIdx.x) * N;
     if (row >= a.R || i >= a.I || !a.live(row)) return;
-    const int count = min(N, a.I - i);
-    const Pack<T, N> h = activate<T, N>(load_columns<T, N>(a, row, i, count), a);
-    store<T, N>(static_cast<T*>(a.h) + row * a.stride_hr + (N == 1 ? i * a.stride_hi : i), count, h);
+    const Pack<T, N> h = activate<T, N>(load_columns<T, N>(a, row, i), a);
+    store<T, N>(static_cast<T*>(a.h) + row * a.stride_hr + (N == 1 ? i * a.stride_hi : i), h);
 }
 
 template <typename T, int N> cudaError_t launch(const Activate& a, cudaStream_t stream) {
@@ -37,10 +36,7 @@ extern "C" int moeproof_activate(
                      alpha, beta, limit,     linear_beta, counts, region,    SLOT_VALUES};
     return with_dtype(dtype, [&](auto zero) {
         using E = decltype(zero);
-        // The ups of packed halves start I elements into the row.
-        const bool halves = kind < SILU_NO_MUL && !interleaved;
-        const bool wide = packs<E>(x, stride_xr, stride_xn) && packs<E>(h, stride_hr, stride_hi) &&
-                          (!halves || I % PER_PACK<E> == 0);
+        const bool wide = packs<E>(x, I, stride_xr, stride_xn) && packs<E>(h, I, stride_hr, stride_hi);
         return wide ? launch<E, PER_PACK<E>>(a, stream) : launch<E, 1>(a, stream);
     });
 }

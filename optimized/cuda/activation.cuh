@@ -31,14 +31,13 @@ __device__ inline float at_most(float x, float limit) { return x > limit ? limit
 __device__ inline float within(float x, float limit) { return x < -limit ? -limit : at_most(x, limit); }
 
 // KIND is a compile-time choice, so that the switch is taken once for a pack and not once for an element.
+constexpr int LIMITED_SILU = -1;
 template <int KIND> __device__ float activate(float g, float u, const Activate& a) {
-    if (KIND == SILU) {
-        if (a.limit > 0.0f) {
-            g = at_most(g, a.limit);  // from above only
-            u = within(u, a.limit);
-        }
-        return g * sigmoid(g) * u;
+    if (KIND == LIMITED_SILU) {
+        g = at_most(g, a.limit);  // from above only
+        u = within(u, a.limit);
     }
+    if (KIND == SILU || KIND == LIMITED_SILU) return g * sigmoid(g) * u;
     if (KIND == GELU) return gelu(g) * u;
     if (KIND == GELU_TANH) return gelu_tanh(g) * u;
     if (KIND == SWIGLUOAI) {
@@ -62,27 +61,19 @@ template <typename T, int N> struct Columns {
     Pack<T, N> first, second;
 };
 
-// Of `count` results from i on. N = 1 takes any strides.
-template <typename T, int N> __device__ Columns<T, N> load_columns(const Activate& a, long long row, int i, int count) {
+// Of N results from i on. N = 1 takes any strides.
+template <typename T, int N> __device__ Columns<T, N> load_columns(const Activate& a, long long row, int i) {
     const T* x = static_cast<const T*>(a.x) + row * a.stride_xr;
     const long long step = N == 1 ? a.stride_xn : 1;
+    const bool pairs = a.kind < SILU_NO_MUL && a.interleaved;
     Columns<T, N> c = {};
-    if (a.kind >= SILU_NO_MUL) {
-        c.first = load<T, N>(x + i * step, count);
-    } else if (!a.interleaved) {
-        c.first = load<T, N>(x + i * step, count);
-        c.second = load<T, N>(x + (static_cast<long long>(a.I) + i) * step, count);
-    } else if (N == 1) {
-        c.first = load<T, N>(x + 2LL * i * step, 1);
-        c.second = load<T, N>(x + (2LL * i + 1) * step, 1);
-    } else {
-        c.first = load<T, N>(x + 2LL * i, min(N, 2 * count));
-        if (2 * count > N) c.second = load<T, N>(x + 2LL * i + N, 2 * count - N);
-    }
+    c.first = load<T, N>(x + (pairs ? 2LL * i : i) * step);
+    if (pairs) c.second = load<T, N>(x + (2LL * i + N) * step);
+    else if (a.kind < SILU_NO_MUL) c.second = load<T, N>(x + (static_cast<long long>(a.I) + i) * step);
     return c;
 }
 
-// The same, one by one: for rows that do not start on 16 bytes.
+// `count` of them, one by one: for rows that are not whole packs.
 template <typename T, int N> __device__ Columns<T, N> load_loose_columns(const Activate& a, long long row, int i, int count) {
     const T* x = static_cast<const T*>(a.x) + row * a.stride_xr;
     const bool gated = a.kind < SILU_NO_MUL, pairs = gated && a.interleaved;
@@ -116,7 +107,7 @@ template <int KIND, typename T, int N> __device__ Pack<T, N> apply(const Columns
 
 template <typename T, int N> __device__ Pack<T, N> activate(const Columns<T, N>& c, const Activate& a) {
     switch (a.kind) {
-        case SILU: return apply<SILU>(c, a);
+        case SILU: return a.limit > 0.0f ? apply<LIMITED_SILU>(c, a) : apply<SILU>(c, a);
         case GELU: return apply<GELU>(c, a);
         case GELU_TANH: return apply<GELU_TANH>(c, a);
         case SWIGLUOAI: return apply<SWIGLUOAI>(c, a);

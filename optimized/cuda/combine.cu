@@ -54,7 +54,6 @@ template <typename T, int N> __global__ void __launch_bounds__(THREADS) combine_
     __syncthreads();
     const int h = (blockIdx.y * blockDim.x + threadIdx.x) * N;
     if (t >= a.T || h >= a.H) return;
-    const int count = min(N, a.H - h);
     // Packs are only used where neighbours are 1 apart.
     const T* y = static_cast<const T*>(a.y) + (N == 1 ? h * a.stride_yh : h);
     float acc[N] = {};
@@ -64,7 +63,7 @@ template <typename T, int N> __global__ void __launch_bounds__(THREADS) combine_
 #pragma unroll
         for (int j = 0; j < AHEAD; ++j)
             if (first + j < K && rows[first + j] >= 0)
-                ahead[j] = load<T, N>(y + rows[first + j] * a.stride_ys, count);
+                ahead[j] = load<T, N>(y + rows[first + j] * a.stride_ys);
 #pragma unroll
         for (int j = 0; j < AHEAD; ++j) {
             if (first + j >= K) break;
@@ -80,7 +79,7 @@ template <typename T, int N> __global__ void __launch_bounds__(THREADS) combine_
     // A token without identity slots must not turn an infinite input into NaN.
     if (identity != 0.0f) {
         const T* x = static_cast<const T*>(a.x) + t * a.stride_xt + (N == 1 ? h * a.stride_xh : h);
-        const Pack<T, N> own = load<T, N>(x, count);
+        const Pack<T, N> own = load<T, N>(x);
 #pragma unroll
         for (int i = 0; i < N; ++i) acc[i] += identity * own.get(i);
     }
@@ -88,9 +87,9 @@ template <typename T, int N> __global__ void __launch_bounds__(THREADS) combine_
 #pragma unroll
     for (int i = 0; i < N; ++i) {
         acc[i] *= a.scale;
-        if (a.shared != nullptr && i < count) acc[i] += factor * a.shared[t * a.H + h + i];
+        if (a.shared != nullptr) acc[i] += factor * a.shared[t * a.H + h + i];
     }
-    store<T, N>(static_cast<T*>(a.out) + t * a.stride_ot + (N == 1 ? h * a.stride_oh : h), count, pack<T, N>(acc));
+    store<T, N>(static_cast<T*>(a.out) + t * a.stride_ot + (N == 1 ? h * a.stride_oh : h), pack<T, N>(acc));
 }
 
 template <typename T, int N> cudaError_t launch(const Combine& a, cudaStream_t stream) {
@@ -114,8 +113,8 @@ extern "C" int moeproof_combine(
                     stride_yh,   stride_xt, stride_xh, stride_ot, stride_oh, T, H, weighted, num_zero, scale};
     return with_dtype(dtype, [&](auto zero) {
         using E = decltype(zero);
-        const bool wide = packs<E>(y, stride_ys, stride_yh) && packs<E>(out, stride_ot, stride_oh) &&
-                          (num_zero == 0 || packs<E>(x, stride_xt, stride_xh));
+        const bool wide = packs<E>(y, H, stride_ys, stride_yh) && packs<E>(out, H, stride_ot, stride_oh) &&
+                          (num_zero == 0 || packs<E>(x, H, stride_xt, stride_xh));
         return wide ? launch<E, PER_PACK<E>>(a, stream) : launch<E, 1>(a, stream);
     });
 }

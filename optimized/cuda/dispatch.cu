@@ -34,9 +34,8 @@ template <typename T, int N> __global__ void __launch_bounds__(THREADS) move_ker
     if (slot >= a.S || h >= a.H) return;
     const long long row = a.rows != nullptr ? a.rows[slot] : slot;
     if (row < 0) return;
-    const int count = min(N, a.H - h);
     const long long t = static_cast<unsigned>(slot) / a.K, k = static_cast<unsigned>(slot) % a.K;
-    Pack<T, N> x = load<T, N>(static_cast<const T*>(a.x) + t * a.stride_xt + (N == 1 ? h * a.stride_xh : h), count);
+    Pack<T, N> x = load<T, N>(static_cast<const T*>(a.x) + t * a.stride_xt + (N == 1 ? h * a.stride_xh : h));
     if (a.weights != nullptr) {
         const float w = a.weights[t * a.stride_wt + k * a.stride_wk];
         float weighed[N];
@@ -44,7 +43,7 @@ template <typename T, int N> __global__ void __launch_bounds__(THREADS) move_ker
         for (int j = 0; j < N; ++j) weighed[j] = product<T>(x.get(j), w);
         x = pack<T, N>(weighed);
     }
-    store<T, N>(static_cast<T*>(a.out) + row * a.stride_or + (N == 1 ? h * a.stride_oh : h), count, x);
+    store<T, N>(static_cast<T*>(a.out) + row * a.stride_or + (N == 1 ? h * a.stride_oh : h), x);
 }
 
 struct Clear {
@@ -59,7 +58,7 @@ template <typename T, int N> __global__ void __launch_bounds__(THREADS) clear_ke
     const int h = (blockIdx.y * blockDim.x + threadIdx.x) * N;
     if (slot >= a.S || h >= a.H || a.slots.local(slot) >= 0) return;
     T* at = static_cast<T*>(a.y) + slot * a.stride_ys + (N == 1 ? h * a.stride_yh : h);
-    store<T, N>(at, min(N, a.H - h), Pack<T, N>{});
+    store<T, N>(at, Pack<T, N>{});
 }
 
 struct Shape {
@@ -95,7 +94,7 @@ extern "C" int moeproof_move(
     const Move a{x, weights, rows, out, stride_xt, stride_xh, stride_wt, stride_wk, stride_or, stride_oh, S, H, K};
     return with_dtype(dtype, [&](auto zero) {
         using E = decltype(zero);
-        const bool wide = packs<E>(x, stride_xt, stride_xh) && packs<E>(out, stride_or, stride_oh);
+        const bool wide = packs<E>(x, H, stride_xt, stride_xh) && packs<E>(out, H, stride_or, stride_oh);
         return wide ? launch<E, PER_PACK<E>>(a, stream) : launch<E, 1>(a, stream);
     });
 }
@@ -106,6 +105,6 @@ extern "C" int moeproof_clear(
     const Clear a{SLOT_VALUES, y, stride_ys, stride_yh, S, H};
     return with_dtype(dtype, [&](auto zero) {
         using E = decltype(zero);
-        return packs<E>(y, stride_ys, stride_yh) ? launch<E, PER_PACK<E>>(a, stream) : launch<E, 1>(a, stream);
+        return packs<E>(y, H, stride_ys, stride_yh) ? launch<E, PER_PACK<E>>(a, stream) : launch<E, 1>(a, stream);
     });
 }

@@ -2,8 +2,9 @@
 //
 // A team of lanes owns a group: it takes the group's amax, makes the scale, divides, clamps and rounds. A lane holds up to PACKS
 // packs of the group in registers while it waits for the scale, so that all its loads are under way at once and what a group
-// costs, its maximum and its scale, is shared by many elements. Every step is one float32 operation, rounded to nearest: no
-// contraction, no approximate division.
+// costs, its maximum and its scale, is shared by many elements; few elements are spread over as many lanes as there are packs.
+// WHOLE kernels have no code for tails and loose rows. Every step is one float32 operation, rounded to nearest: no contraction,
+// no approximate division.
 
 #include "activation.cuh"
 #include "encode.cuh"
@@ -12,6 +13,7 @@ namespace moeproof {
 
 constexpr int THREADS = 256, MOST_THREADS = 1024;  // of a block: more than THREADS only where a team needs them
 constexpr int MANY = 4;                            // packs of a lane in large groups
+constexpr long long FEW = 128 * 2048;              // lanes that run at once on a large GPU
 
 // Codes that quantise.py sends.
 enum Rule : int { AMAX, STATIC, OCP_FLOOR, ROUND_UP };
@@ -28,7 +30,7 @@ struct Quantise {
     void* codes;         // (R, C), or (R, C / 2) nibbles
     float* scales;       // (R, groups)
     uint8_t* exponents;  // (R, groups), of e8m0
-    int packed;          // sources and codes can be moved in packs
+    int whole;           // every row and group is whole packs
     long long code_bytes;  // of a row
 };
 
@@ -38,11 +40,10 @@ struct Divisor {
     float b, reciprocal;
     bool usual;
 
+    // Where `usual`. The remainder is taken with its sign turned, so that the quotient of -0 stays -0.
     __device__ float divides(float a) const {
-        if (!usual) return __fdiv_rn(a, b);
         const float q = __fmul_rn(a, reciprocal);
-        // The sign is a's: the sum of a zero quotient and a zero remainder would lose it.
-        return copysignf(__fmaf_rn(__fmaf_rn(-q, b, a), reciprocal, q), a);
+        return __fmaf_rn(-__fmaf_rn(q, b, -a), reciprocal, q);
     }
 };
 
@@ -74,46 +75,49 @@ __device__ inline float team_max(float x, int lanes, float* across) {
 }
 
 // Columns i..i+count of a row: what is quantised.
-// Columns i..i+count of a row, as they lie in memory: the activation comes later, when all loads are under way. `second` is
-// loaded where there is an activation.
-template <bool ACTIVATED, typename T, int N> __device__ Columns<T, N> source(const Quantise& a, long long row, int i, int count) {
-    const Activate& act = a.act;
-    if constexpr (ACTIVATED)
-        return a.packed ? load_columns<T, N>(act, row, i, count) : load_loose_columns<T, N>(act, row, i, count);
-    const T* x = static_cast<const T*>(act.x) + row * act.stride_xr;
+// Columns i..i+count of a row, as they lie in memory: the activation comes later, when all loads are under way.
+template <bool ACTIVATED, bool WHOLE, typename T, int N>
+__device__ Columns<T, N> source(const Quantise& a, long long row, int i, int count) {
+    const T* x = static_cast<const T*>(a.act.x) + row * a.act.stride_xr;
+    if constexpr (ACTIVATED && WHOLE) return load_columns<T, N>(a.act, row, i);
+    else if constexpr (ACTIVATED) return load_loose_columns<T, N>(a.act, row, i, count);
+    else if constexpr (WHOLE) return {load<T, N>(x + i), {}};
     Columns<T, N> c = {};
-    if (a.packed) {
-        c.first = load<T, N>(x + i, count);
-        return c;
-    }
     constexpr int PER_WORD = Pack<T, N>::PER_WORD;
 #pragma unroll
     for (int j = 0; j < N; ++j)
-        if (j < count) c.first.words[j / PER_WORD] |= bits_of(x[(i + j) * act.stride_xn]) << (j % PER_WORD * 8 * sizeof(T));
+        if (j < count) c.first.words[j / PER_WORD] |= bits_of(x[(i + j) * a.act.stride_xn]) << (j % PER_WORD * 8 * sizeof(T));
     return c;
 }
 
-template <typename T, int N> __device__ void store_h(const Quantise& a, long long row, int i, int count, const Pack<T, N>& h) {
+template <bool WHOLE, typename T, int N>
+__device__ void store_h(const Quantise& a, long long row, int i, int count, const Pack<T, N>& h) {
     T* to = static_cast<T*>(a.act.h) + row * a.act.stride_hr;
-    if (a.packed) return store<T, N>(to + i, count, h);
+    if constexpr (WHOLE) {
+        store<T, N>(to + i, h);
+    } else {
 #pragma unroll
-    for (int j = 0; j < N; ++j)
-        if (j < count) to[(i + j) * a.act.stride_hi] = h.element(j);
+        for (int j = 0; j < N; ++j)
+            if (j < count) to[(i + j) * a.act.stride_hi] = h.element(j);
+    }
 }
 
-template <int FORMAT, int N> __device__ void store_codes(const Quantise& a, long long row, int i, int count, const float (&x)[N]) {
+template <int FORMAT, bool WHOLE, int N>
+__device__ void store_codes(const Quantise& a, long long row, int i, int count, const float (&x)[N]) {
     const Codes<N> codes = encode_all<FORMAT, N>(x);
     constexpr int PER_BYTE = FORMAT == E2M1 ? 2 : 1, BYTES = N / PER_BYTE;
     uint8_t* to = static_cast<uint8_t*>(a.codes) + row * a.code_bytes + i / PER_BYTE;
-    if (a.packed && count == N) {
-        if constexpr (BYTES == 8) *reinterpret_cast<uint2*>(to) = {codes.words[0], codes.words[1]};
-        else if constexpr (BYTES == 4) *reinterpret_cast<unsigned*>(to) = codes.words[0];
-        else *reinterpret_cast<uint16_t*>(to) = static_cast<uint16_t>(codes.words[0]);
-        return;
-    }
+    if constexpr (!WHOLE) {
 #pragma unroll
-    for (int j = 0; j < BYTES; ++j)
-        if (j * PER_BYTE < count) to[j] = static_cast<uint8_t>(codes.words[j / 4] >> (j % 4 * 8));
+        for (int j = 0; j < BYTES; ++j)
+            if (j * PER_BYTE < count) to[j] = static_cast<uint8_t>(codes.words[j / 4] >> (j % 4 * 8));
+    } else if constexpr (BYTES == 8) {
+        *reinterpret_cast<uint2*>(to) = {codes.words[0], codes.words[1]};
+    } else if constexpr (BYTES == 4) {
+        *reinterpret_cast<unsigned*>(to) = codes.words[0];
+    } else {
+        *reinterpret_cast<uint16_t*>(to) = static_cast<uint16_t>(codes.words[0]);
+    }
 }
 
 // The scale of a group, stored by its first lane; what its values are divided by, or multiplied with.
@@ -136,81 +140,100 @@ __device__ inline Scale make_scale(const Quantise& a, unsigned group, int lane, 
     return {divisor, a.quotient == INVERSE ? __fdiv_rn(a.top, floored) : divisor.reciprocal, a.quotient == DIVIDE};
 }
 
-template <typename T, bool ACTIVATED, int PACKS>
-__global__ void __launch_bounds__(PACKS == 1 ? THREADS : MOST_THREADS) quantise_kernel(const Quantise a, int shift) {
+// Moves everything one place down. A loop that works on the first and then rotates has its code once and not for every pack:
+// unrolled over packs, activations and formats it would be 300 KiB, and waiting for instructions would cost more than the moves.
+template <typename X, int N> __device__ void rotate(X (&x)[N], const X& last) {
+#pragma unroll
+    for (int i = 0; i + 1 < N; ++i) x[i] = x[i + 1];
+    x[N - 1] = last;
+}
+
+template <typename T, bool ACTIVATED, int PACKS, bool WHOLE>
+__global__ void __launch_bounds__(MOST_THREADS) quantise_kernel(const Quantise a, int shift) {
     constexpr int N = PER_PACK<T>;
     __shared__ float across[MOST_THREADS / WARP];
     const int lanes = 1 << shift, lane = threadIdx.x & (lanes - 1);
     const unsigned group = blockIdx.x * (blockDim.x >> shift) + (threadIdx.x >> shift);  // fewer than 2^31 (quantise.py)
-    const long long row = group / a.groups;
-    const int first = static_cast<int>(group % a.groups) * a.group;
+    const unsigned index = a.groups == 1 ? group : group / a.groups;
+    const long long row = index;
+    const int first = static_cast<int>(group - index * a.groups) * a.group;
     const int last = min(first + a.group, a.C), start = first + lane * N, stride = lanes * N;
     // A dead group's lanes stay: shuffles and barriers name them.
     const bool live = row < a.act.R && a.act.live(row);
 
-    Columns<T, N> loaded[PACKS];
-    Pack<T, N> own[PACKS];
+    Columns<T, N> own[PACKS];  // `first` becomes what is quantised
     float amax = 0.0f;
     if (live) {
 #pragma unroll
         for (int p = 0; p < PACKS; ++p) {
             const int i = start + p * stride;
-            if (i < last) loaded[p] = source<ACTIVATED, T, N>(a, row, i, min(N, last - i));
+            if (i < last) own[p] = source<ACTIVATED, WHOLE, T, N>(a, row, i, WHOLE ? N : min(N, last - i));
         }
-#pragma unroll
+#pragma unroll(ACTIVATED ? 1 : PACKS)
         for (int p = 0; p < PACKS; ++p) {
-            const int i = start + p * stride, count = min(N, last - i);
-            if (i >= last) break;
-            own[p] = loaded[p].first;
-            if constexpr (ACTIVATED) {
-                own[p] = activate<T, N>(loaded[p], a.act);
-                if (a.act.h != nullptr) store_h<T, N>(a, row, i, count, own[p]);
+            const int i = start + p * stride, count = WHOLE ? N : min(N, last - i);
+            Columns<T, N> c = own[0];
+            if (i < last) {
+                if constexpr (ACTIVATED) {
+                    c.first = activate<T, N>(c, a.act);
+                    if (a.act.h != nullptr) store_h<WHOLE>(a, row, i, count, c.first);
+                }
+                amax = fmaxf(amax, largest(c.first, count));
             }
-#pragma unroll
-            for (int j = 0; j < N; ++j)
-                if (j < count) amax = fmaxf(amax, fabsf(own[p].get(j)));
+            rotate(own, c);
         }
     }
     if (a.rule != STATIC) amax = team_max(amax, lanes, across);
     if (!live) return;
 
     const Scale scale = make_scale(a, group, lane, amax);
-#pragma unroll
-    for (int p = 0; p < PACKS; ++p) {
-        const int i = start + p * stride, count = min(N, last - i);
-        if (i >= last) break;
+#pragma unroll 1
+    for (int i = start; i < last; i += stride) {
+        const int count = WHOLE ? N : min(N, last - i);
         float ratio[N];
+        // One choice for a pack: made for each element, it would cost as much as the division.
+        if (scale.divide && scale.divisor.usual) {
 #pragma unroll
-        for (int j = 0; j < N; ++j) {
-            const float value = own[p].get(j);
-            const float exact = scale.divide ? scale.divisor.divides(value) : __fmul_rn(value, scale.factor);
-            ratio[j] = fminf(fmaxf(exact, -a.top), a.top);
+            for (int j = 0; j < N; ++j) ratio[j] = scale.divisor.divides(own[0].first.get(j));
+        } else if (scale.divide) {
+#pragma unroll
+            for (int j = 0; j < N; ++j) ratio[j] = __fdiv_rn(own[0].first.get(j), scale.divisor.b);
+        } else {
+#pragma unroll
+            for (int j = 0; j < N; ++j) ratio[j] = __fmul_rn(own[0].first.get(j), scale.factor);
         }
+#pragma unroll
+        for (int j = 0; j < N; ++j) ratio[j] = fminf(fmaxf(ratio[j], -a.top), a.top);
         switch (a.format) {
-            case E4M3: store_codes<E4M3, N>(a, row, i, count, ratio); break;
-            case E5M2: store_codes<E5M2, N>(a, row, i, count, ratio); break;
-            case E3M2: store_codes<E3M2, N>(a, row, i, count, ratio); break;
-            case E2M3: store_codes<E2M3, N>(a, row, i, count, ratio); break;
-            case E2M1: store_codes<E2M1, N>(a, row, i, count, ratio); break;
-            default: store_codes<INT8, N>(a, row, i, count, ratio); break;
+            case E4M3: store_codes<E4M3, WHOLE>(a, row, i, count, ratio); break;
+            case E5M2: store_codes<E5M2, WHOLE>(a, row, i, count, ratio); break;
+            case E3M2: store_codes<E3M2, WHOLE>(a, row, i, count, ratio); break;
+            case E2M3: store_codes<E2M3, WHOLE>(a, row, i, count, ratio); break;
+            case E2M1: store_codes<E2M1, WHOLE>(a, row, i, count, ratio); break;
+            default: store_codes<INT8, WHOLE>(a, row, i, count, ratio); break;
         }
+        rotate(own, own[0]);
     }
 }
 
-template <typename T, bool ACTIVATED, int PACKS> cudaError_t launch_teams(const Quantise& a, int lanes, cudaStream_t stream) {
+template <typename T, bool ACTIVATED, int PACKS, bool WHOLE>
+cudaError_t launch_teams(const Quantise& a, long long lanes_wanted, cudaStream_t stream) {
+    const int lanes = pow2_at_least(lanes_wanted, MOST_THREADS), threads = max(lanes, THREADS);
     int shift = 0;
     while (1 << shift < lanes) ++shift;
-    const int threads = max(lanes, THREADS);
     const long long blocks = ceil_div(a.act.R * a.groups * lanes, threads);
-    quantise_kernel<T, ACTIVATED, PACKS><<<static_cast<unsigned>(blocks), threads, 0, stream>>>(a, shift);
+    quantise_kernel<T, ACTIVATED, PACKS, WHOLE><<<static_cast<unsigned>(blocks), threads, 0, stream>>>(a, shift);
     return cudaGetLastError();
 }
 
 template <typename T, bool ACTIVATED> cudaError_t launch(const Quantise& a, cudaStream_t stream) {
     const long long packs = ceil_div(a.group, PER_PACK<T>);
-    // Small groups: a lane for each pack, so that neighbours read neighbours.
-    if (packs < 4 * MANY) return launch_teams<T, ACTIVATED, 1>(a, pow2_at_least(packs, THREADS), stream);
-    return launch_teams<T, ACTIVATED, MANY>(a, pow2_at_least(ceil_div(packs, MANY), MOST_THREADS), stream);
+    if (!a.whole)
+        return launch_teams<T, ACTIVATED, MANY, false>(a, ceil_div(packs, MANY), stream);
+    // Groups of few packs: a lane for each, so that neighbours read neighbours.
+    if (packs < 4 * MANY || (packs <= MOST_THREADS && a.act.R * a.groups * packs <= FEW))
+        return launch_teams<T, ACTIVATED, 1, true>(a, packs, stream);
+    return launch_teams<T, ACTIVATED, MANY, true>(a, ceil_div(packs, MANY), stream);
 }
 
 }  // namespace moeproof
@@ -227,12 +250,10 @@ extern "C" int moeproof_quantise(
     return with_dtype(dtype, [&](auto zero) {
         using E = decltype(zero);
         constexpr int N = PER_PACK<E>;
-        const bool halves = activated && kind < SILU_NO_MUL && !interleaved;
-        const int bytes = format == E2M1 ? N / 2 : N;
-        const bool packed = packs<E>(x, stride_xr, stride_xn) && (h == nullptr || packs<E>(h, stride_hr, stride_hi)) &&
-                            (!halves || C % N == 0) && group % N == 0 && code_bytes % bytes == 0;
+        const bool whole = packs<E>(x, C, stride_xr, stride_xn) && (h == nullptr || packs<E>(h, C, stride_hr, stride_hi)) &&
+                           group % N == 0 && reinterpret_cast<uintptr_t>(codes) % N == 0;
         const Quantise a{act,  C,        group, groups, format, rule,   quotient, top,
-                         floor, emax, top_bits,  given, codes,  scales, static_cast<uint8_t*>(exponents), packed, code_bytes};
+                         floor, emax, top_bits,  given, codes,  scales, static_cast<uint8_t*>(exponents), whole, code_bytes};
         return activated ? launch<E, true>(a, stream) : launch<E, false>(a, stream);
     });
 }

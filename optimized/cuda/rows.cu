@@ -23,15 +23,15 @@ template <typename T, int N> __global__ void __launch_bounds__(THREADS) rows_ker
     const int p = blockIdx.x * blockDim.y + threadIdx.y;
     const int h = (blockIdx.y * blockDim.x + threadIdx.x) * N;
     if (p >= a.P || h >= a.H || p >= *a.num_padded) return;
-    const int slot = a.sorted_slots[p], count = min(N, a.H - h);
+    const int slot = a.sorted_slots[p];
     const bool padding = slot >= a.num_slots;
     if (padding && a.scatter) return;
     const long long from = a.scatter ? p : static_cast<unsigned>(slot) / a.slots_per_row, to = a.scatter ? slot : p;
     Pack<T, N> x = {};
     if (!padding) {
-        x = load<T, N>(static_cast<const T*>(a.source) + from * a.stride_sr + (N == 1 ? h * a.stride_sh : h), count);
+        x = load<T, N>(static_cast<const T*>(a.source) + from * a.stride_sr + (N == 1 ? h * a.stride_sh : h));
     }
-    store<T, N>(static_cast<T*>(a.target) + to * a.stride_tr + (N == 1 ? h * a.stride_th : h), count, x);
+    store<T, N>(static_cast<T*>(a.target) + to * a.stride_tr + (N == 1 ? h * a.stride_th : h), x);
 }
 
 template <typename T, int N> cudaError_t launch(const Rows& a, cudaStream_t stream) {
@@ -60,7 +60,7 @@ extern "C" int moeproof_rows(
                  num_padded, P,  H,         num_slots, slots_per_row, scatter};
     return with_dtype(dtype, [&](auto zero) {
         using E = decltype(zero);
-        const bool wide = packs<E>(source, stride_sr, stride_sh) && packs<E>(target, stride_tr, stride_th);
+        const bool wide = packs<E>(source, H, stride_sr, stride_sh) && packs<E>(target, H, stride_tr, stride_th);
         return wide ? launch<E, PER_PACK<E>>(a, stream) : launch<E, 1>(a, stream);
     });
 }

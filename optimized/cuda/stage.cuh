@@ -56,36 +56,30 @@ template <typename T, int N> __device__ Pack<T, N> pack(const float (&x)[N]) {
     return all;
 }
 
-// `count` elements (at most N) from `at`, zeros behind them. Whole packs need 16-byte alignment; the tail of a row comes one
-// by one.
-template <typename T, int N> __device__ Pack<T, N> load(const T* at, int count) {
-    Pack<T, N> x = {};
-    if constexpr (N > 1) {
-        if (count == N) return *reinterpret_cast<const Pack<T, N>*>(at);
-    }
-    constexpr int PER_WORD = Pack<T, N>::PER_WORD;
+// The largest magnitude of the first `count` elements, NaN left out.
+template <typename T, int N> __device__ float largest(const Pack<T, N>& x, int count) {
+    float most = 0.0f;
 #pragma unroll
     for (int j = 0; j < N; ++j)
-        if (j < count) x.words[j / PER_WORD] |= bits_of(at[j]) << (j % PER_WORD * 8 * sizeof(T));
-    return x;
+        if (j < count) most = fmaxf(most, fabsf(x.get(j)));
+    return most;
 }
 
-template <typename T, int N> __device__ void store(T* at, int count, const Pack<T, N>& x) {
-    if constexpr (N > 1) {
-        if (count == N) {
-            *reinterpret_cast<Pack<T, N>*>(at) = x;
-            return;
-        }
-    }
-#pragma unroll
-    for (int j = 0; j < N; ++j)
-        if (j < count) at[j] = x.element(j);
+// Packs need 16-byte alignment (`packs`).
+template <typename T, int N> __device__ Pack<T, N> load(const T* at) {
+    if constexpr (N > 1) return *reinterpret_cast<const Pack<T, N>*>(at);
+    else return {{bits_of(*at)}};
 }
 
-// Whether rows from `at`, `stride` elements apart with neighbours `step` apart, can be read in 16-byte packs. A single
-// element has any step.
-template <typename T> bool packs(const void* at, long long stride, long long step) {
-    return step == 1 && reinterpret_cast<uintptr_t>(at) % 16 == 0 && stride * static_cast<long long>(sizeof(T)) % 16 == 0;
+template <typename T, int N> __device__ void store(T* at, const Pack<T, N>& x) {
+    if constexpr (N > 1) *reinterpret_cast<Pack<T, N>*>(at) = x;
+    else *at = x.element(0);
+}
+
+// Whether rows of `width` elements from `at`, `stride` apart with neighbours `step` apart, are whole packs.
+template <typename T> bool packs(const void* at, int width, long long stride, long long step) {
+    return step == 1 && width % PER_PACK<T> == 0 && reinterpret_cast<uintptr_t>(at) % 16 == 0 &&
+           stride * static_cast<long long>(sizeof(T)) % 16 == 0;
 }
 
 __host__ __device__ constexpr long long ceil_div(long long a, long long b) { return (a + b - 1) / b; }

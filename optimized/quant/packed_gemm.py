@@ -83,36 +83,62 @@ def _power(code):
 
 
 @triton.jit
+def _unpacked(low, high, shift):
+    """(rows, 4 C) bytes as int32, of (rows, C) words: of `low` from bit `shift` on, the rest of `high`."""
+    word = low.to(tl.uint32, bitcast=True)
+    if high is not None:
+        left = high.to(tl.uint32, bitcast=True) << ((32 - shift) % 32)[:, None]
+        word = (word >> shift[:, None]) | tl.where(shift[:, None] > 0, left, 0)
+    word = word.to(tl.int32, bitcast=True)
+    even = tl.join(word & 255, (word >> 16) & 255)
+    odd = tl.join((word >> 8) & 255, (word >> 24) & 255)
+    return tl.reshape(tl.join(even, odd), [low.shape[0], 4 * low.shape[1]])
+
+
+@triton.jit
 def _product(
-    a_m, live, w_n, s_n, inside, K, SWAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    a_m, live, w_n, s_n, shift, inside, K, SCALES: tl.constexpr, SWAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
     """float32 (BLOCK_M, BLOCK_N). a_m, w_n, s_n: pointers to each row's first column, word and scale; columns are neighbours.
 
-    Between loads of words and scales and the product stand only operations on elements and views. Triton then loads them where
-    they are multiplied; a scale carried from step to step would end that, and every plane would cross shared memory.
+    Between a word's load and its product stand only operations on elements and views, so that Triton loads it where it is
+    multiplied. Scales come four to a word as well, which can be copied asynchronously (bytes cannot); `shifted` ones begin at
+    bit `shift` of a row's first word.
     """
     WORDS: tl.constexpr = BLOCK_K // CODES
-    SCALES: tl.constexpr = BLOCK_K // GROUP
+    GROUPS: tl.constexpr = BLOCK_K // GROUP
     j = tl.arange(0, WORDS)
-    g = tl.arange(0, SCALES)
+    g = tl.arange(0, GROUPS if SCALES == "bytes" else GROUPS // 4)
     # Where column 8j of a step lies in a permuted row.
     a = a_m[:, None] + (j // (CHUNK // CODES) * CHUNK + j % (CHUNK // CODES))[None, :]
     w_at = w_n[:, None] + j[None, :]
     s_at = s_n[:, None] + g[None, :]
     acc = tl.zeros([BLOCK_N, BLOCK_M] if SWAP else [BLOCK_M, BLOCK_N], tl.float32)
     for first in range(0, K, BLOCK_K):
-        real = j < (K - first) // CODES
+        left = (K - first) // GROUP
+        # Whole groups: four words are there or are not, and are copied together.
+        real = j // (GROUP // CODES) < left
         if EVEN_N and EVEN_K:
             words = tl.load(w_at)
-            scale = tl.load(s_at)
         elif EVEN_K:
             words = tl.load(w_at, mask=inside[:, None], other=0)
-            scale = tl.load(s_at, mask=inside[:, None], other=0)
         else:
             words = tl.load(w_at, mask=inside[:, None] & real[None, :], other=0)
-            scale = tl.load(s_at, mask=inside[:, None] & (g < (K - first) // GROUP)[None, :], other=0)
-        factor = tl.broadcast_to(_power(scale)[:, :, None], [BLOCK_N, SCALES, GROUP // CODES])
+        if SCALES == "bytes":
+            code = tl.load(s_at, mask=inside[:, None] & (g < left)[None, :], other=127)
+        else:
+            low = tl.load(s_at, mask=inside[:, None] & (4 * g < left)[None, :], other=0)
+            if SCALES == "shifted":
+                more = (4 * g + 4)[None, :] - (shift // 8)[:, None] < left
+                high = tl.load(s_at + 1, mask=inside[:, None] & (shift > 0)[:, None] & more, other=0)
+                code = _unpacked(low, high, shift)
+                # What lies behind a row's last scale is not its own.
+                code = tl.where((tl.arange(0, GROUPS) < left)[None, :], code, 127)
+            else:
+                code = _unpacked(low, None, shift)
+        factor = tl.broadcast_to(_power(code)[:, :, None], [BLOCK_N, GROUPS, GROUP // CODES])
         factor = tl.reshape(factor, [BLOCK_N, WORDS])
         for r in tl.static_range(CODES):
             mask = live[:, None] if EVEN_K else live[:, None] & real[None, :]
@@ -124,7 +150,7 @@ def _product(
                 acc = tl.dot(rows, plane.T, acc)
         a += BLOCK_K
         w_at += WORDS
-        s_at += SCALES
+        s_at += GROUPS if SCALES == "bytes" else GROUPS // 4
     if SWAP:
         acc = tl.trans(acc)
     return acc
@@ -136,8 +162,9 @@ def _tile(
     stride_ar, stride_we, stride_wn, stride_se, stride_sn, stride_be, stride_bn, stride_or, stride_oc, stride_weight,
     NAME: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
     ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr, LINEAR_BETA: tl.constexpr,
-    SWAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M,
-    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, FMT: tl.constexpr,
+    SCALES: tl.constexpr, SWAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M,
+    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, UNIT: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
     FIRST: tl.constexpr = NAME != ""
     block, column = _swizzle(tile, num_m, num_n, GROUP_M)
@@ -149,10 +176,14 @@ def _tile(
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < N
     weight_row = (n // 2 + n % 2 * (N // 2) if GATED and PACKED else n).to(tl.int64)
+    offset = expert * stride_se + weight_row * stride_sn
+    if SCALES == "bytes":
+        s_n = w_scale + offset
+    else:
+        s_n = w_scale + offset // 4
     acc = _product(
-        a + row.to(tl.int64) * stride_ar, live, w + expert * stride_we + weight_row * stride_wn,
-        w_scale + expert * stride_se + weight_row * stride_sn, inside, K, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K,
-        FMT,
+        a + row.to(tl.int64) * stride_ar, live, w + (expert * stride_we + weight_row * stride_wn) * UNIT,
+        s_n, (offset % 4 * 8).to(tl.int32), inside, K, SCALES, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, FMT,
     )  # fmt: skip
     if bias_eN is not None:
         at = bias_eN + expert * stride_be + weight_row * stride_bn
@@ -170,14 +201,27 @@ def _tile(
         tl.store(at, acc.to(out.dtype.element_ty), mask=live[:, None] & inside[None, :])
 
 
-@triton.jit(do_not_specialize=["num_slots", "slots_per_row", "stride_se", "stride_sn", "stride_weight", "GROUP_M"])
+@triton.jit(
+    do_not_specialize=[
+        "num_slots",
+        "slots_per_row",
+        "stride_we",
+        "stride_wn",
+        "stride_se",
+        "stride_sn",
+        "stride_weight",
+        "GROUP_M",
+    ]
+)
 def _fused_packed(
     a, w, w_scale, bias_eN, out, weights, sorted_slots, block_expert, num_padded, num_slots, slots_per_row, N, K,
     stride_ar, stride_we, stride_wn, stride_se, stride_sn, stride_be, stride_bn, stride_or, stride_oc, stride_weight,
     NAME: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
     ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr, LINEAR_BETA: tl.constexpr,
-    SWAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M,
-    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, PROGRAMS: tl.constexpr, OVERLAP: tl.constexpr, FMT: tl.constexpr,
+    SCALES: tl.constexpr, SWAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M,
+    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, PROGRAMS: tl.constexpr, OVERLAP: tl.constexpr, UNIT: tl.constexpr,
+    FMT: tl.constexpr,
 ):  # fmt: skip
     """GEMM1 where NAME is an activation, else GEMM2. PROGRAMS > 0: a persistent grid of that size."""
     after_previous(OVERLAP)
@@ -189,7 +233,7 @@ def _fused_packed(
                 tl.program_id(0), num_m, num_n, a, w, w_scale, bias_eN, out, weights, sorted_slots, block_expert, num_slots,
                 slots_per_row, N, K, stride_ar, stride_we, stride_wn, stride_se, stride_sn, stride_be, stride_bn,
                 stride_or, stride_oc, stride_weight, NAME, GATED, PACKED, ALPHA, BETA, LIMIT, LINEAR_BETA,
-                SWAP, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, EVEN_N, EVEN_K, FMT,
+                SCALES, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, EVEN_N, EVEN_K, UNIT, FMT,
             )  # fmt: skip
     else:
         for tile in tl.range(tl.program_id(0), num_m * num_n, PROGRAMS):
@@ -197,7 +241,7 @@ def _fused_packed(
                 tile, num_m, num_n, a, w, w_scale, bias_eN, out, weights, sorted_slots, block_expert, num_slots,
                 slots_per_row, N, K, stride_ar, stride_we, stride_wn, stride_se, stride_sn, stride_be, stride_bn,
                 stride_or, stride_oc, stride_weight, NAME, GATED, PACKED, ALPHA, BETA, LIMIT, LINEAR_BETA,
-                SWAP, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, EVEN_N, EVEN_K, FMT,
+                SCALES, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, EVEN_N, EVEN_K, UNIT, FMT,
             )  # fmt: skip
 
 
@@ -235,6 +279,14 @@ def words(w: Tensor) -> Tensor:
     return w.view(torch.int32)
 
 
+def _scale_words(scale: Tensor, K: int) -> tuple[str, Tensor]:
+    """How a row's scales are read, and from what: as words where every row begins at one and fills its last, as words from some
+    byte on where the tensor is contiguous, or byte by byte. Strides are those of bytes in each case."""
+    if scale.data_ptr() % 4 == 0 and scale.numel() % 4 == 0 and scale.is_contiguous():
+        return "words" if K % 128 == 0 else "shifted", scale.view(-1).view(torch.int32)
+    return "bytes", scale
+
+
 def _launch(
     a: Tensor,
     w: tuple[Tensor, Tensor],
@@ -255,19 +307,23 @@ def _launch(
     check(tile.block_k % 128 == 0, f"tile {tile}: a step is a multiple of 128 columns")
     check(a.stride(1) == 1 and scale.stride(2) == 1, "rows and scales must have neighbours in the last dim")
     packed = words(codes)
+    how, scale_words = _scale_words(scale, K)
+    # Rows that begin at multiples of 16 bytes are copied 16 bytes at a time, but the compiler has to know of it.
+    unit = 4 if packed.data_ptr() % 16 == 0 and all(s % 4 == 0 for s in packed.stride()[:2]) else 1
     num_n = triton.cdiv(N, tile.block_n)
     tiles = alignment.num_blocks * num_n
     programs = min(tile.per_sm * processors(a.device), tiles) if tile.per_sm else 0
     _fused_packed[(programs or tiles,)](
-        a, packed, scale, bias_eN, out, weights,
+        a, packed, scale_words, bias_eN, out, weights,
         alignment.sorted_slots, alignment.block_expert, alignment.num_padded, num_slots, slots_per_row, N, K,
-        a.stride(0), *packed.stride()[:2], *scale.stride()[:2], *(bias_eN.stride() if bias_eN is not None else (0, 0)),
+        a.stride(0), *(s // unit for s in packed.stride()[:2]), *scale.stride()[:2],
+        *(bias_eN.stride() if bias_eN is not None else (0, 0)),
         *out.stride(), weights.stride(0) if weights is not None else 0,
         NAME=act.name if act else "", GATED=act is not None and act.gated, PACKED=act is not None and not act.interleaved,
         ALPHA=(act and act.alpha) or 0.0, BETA=(act and act.beta) or 0.0,
         LIMIT=(act and act.limit) or 0.0, LINEAR_BETA=(act and act.linear_beta) or 0.0,
-        SWAP=tile.swap, EVEN_N=N % tile.block_n == 0, EVEN_K=K % tile.block_k == 0,
-        PROGRAMS=tile.per_sm * processors(a.device), FMT=FORMATS["e2m1"] if interpreted() else None,
+        SCALES=how, SWAP=tile.swap, EVEN_N=N % tile.block_n == 0, EVEN_K=K % tile.block_k == 0,
+        PROGRAMS=tile.per_sm * processors(a.device), UNIT=unit, FMT=FORMATS["e2m1"] if interpreted() else None,
         **launch_options(overlap), **tile.options,
     )  # fmt: skip
 

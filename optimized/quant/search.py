@@ -16,49 +16,42 @@ from moeproof.reference.contract.problem import Problem
 
 EVERY = (
     # Bound by weight bytes.
-    *("16x32x128-g1-w4-s5", "16x64x128-g1-w4-s4", "16x64x128-g1-w4-s6", "16x128x128-g1-w4-s4", "16x64x128-g1-w4-s5-tma"),
-    *("16x128x128-g1-w4-s4-tma", "16x64x128-g1-w4-s4-swap", "16x64x128-g1-w4-s6-swap", "16x128x128-g1-w4-s4-swap"),
-    *("16x64x128-g1-w4-s6-tma-swap", "16x128x128-g1-w4-s4-tma-swap", "16x128x128-g1-w4-s6-tma-swap"),
+    *("16x64x128-g1-w4-s4", "16x64x128-g1-w4-s6", "16x128x128-g1-w4-s4", "16x64x128-g1-w4-s5-tma", "16x32x128-g1-w4-s6"),
+    *("16x64x128-g1-w4-s6-swap", "16x128x128-g1-w4-s4-swap", "16x64x128-g1-w4-s6-tma-swap", "16x128x128-g1-w4-s5-tma-swap"),
     *("32x64x128-g1-w4-s4", "32x64x128-g1-w4-s5-swap", "32x64x128-g1-w4-s6-tma-swap", "32x128x128-g1-w4-s5-tma-swap"),
-    *("32x128x128-g1-w4-s4-swap", "32x128x128-g1-w4-s4"),
     # The ridge.
-    *("64x64x128-g1-w4-s4", "64x128x128-g4-w4-s3", "64x128x128-g4-w4-s4-tma", "64x128x128-g4-w4-s4-tma-swap"),
-    *("64x128x128-g4-w4-s3-tma-p2", "64x128x128-g4-w4-s3-tma-p3", "64x128x128-g4-w8-s3-tma-p2"),
+    *("64x128x128-g4-w4-s3", "64x128x128-g4-w4-s4-tma", "64x128x128-g4-w4-s3-tma-p2", "64x64x128-g1-w4-s4"),
     # Bound by the tensor cores.
     *("128x128x128-g8-w8-s3", "128x128x128-g8-w8-s4-tma", "128x128x128-g8-w8-s4-tma-p1", "128x128x128-g8-w8-s6-tma-p1"),
-    *("128x128x128-g8-w8-s4-tma-p1-flat",),
 )
 """For every scheme and both products."""
 GROUPS = (
-    *("16x256x128-g1-w4-s3", "16x256x128-g1-w4-s4-tma-swap", "16x256x128-g1-w8-s4-tma-swap", "32x256x128-g1-w8-s4-tma-swap"),
+    *("16x256x128-g1-w4-s3", "16x256x128-g1-w4-s4-tma-swap", "32x256x128-g1-w8-s4-tma-swap"),
     *("64x256x128-g4-w8-s3-tma", "64x256x128-g4-w8-s4-tma-p1", "64x256x128-g4-w8-s4-tma-p1-bulk", "64x256x128-g4-w8-s3"),
-    *("64x256x128-g4-w8-s2-tma-p2", "64x256x128-g4-w8-s4-tma-p1-flat"),
 )
 """For a gated GEMM1 with scales of blocks: whole groups, which it quantises itself."""
 LONG = (
-    *("16x64x256-g1-w4-s3", "16x32x256-g1-w4-s4", "16x64x256-g1-w4-s4-swap-fast", "16x64x256-g1-w4-s4-tma-swap-fast"),
-    *("16x128x256-g1-w4-s3-tma-swap-fast", "32x64x256-g1-w4-s3-tma-swap-fast", "32x64x256-g1-w4-s3"),
+    *("16x64x256-g1-w4-s3", "16x32x256-g1-w4-s4", "16x64x256-g1-w4-s4-tma-swap-fast", "16x64x256-g1-w4-s4-swap-fast"),
+    *("32x64x256-g1-w4-s3-tma-swap-fast", "128x128x128-g8-w4-s3-tma-p2-fast", "64x256x128-g4-w4-s4-tma-p1-fast"),
 )
-"""For scales of tokens: nothing happens after 128 columns."""
+"""For scales of tokens: nothing happens after 128 columns, and a sum has no scales beside it in registers."""
 LARGE = (
-    *("128x256x128-g8-w8-s3-tma-p1-fast", "128x256x128-g8-w8-s4-tma-p1-fast", "128x256x128-g8-w8-s4-tma-p1-bulk-fast"),
-    *("128x256x128-g8-w8-s3-tma-p1-bulk-fast", "128x256x128-g8-w8-s3-tma-fast", "128x128x128-g8-w4-s3-tma-p2-fast"),
-    *("128x128x128-g8-w8-s3-tma-p2-fast", "256x128x128-g4-w8-s3-tma-p1-fast", "64x256x128-g4-w4-s4-tma-p1-fast"),
-    *("128x128x128-g8-w8-s3-fast", "64x128x128-g4-w4-s4-tma-p2-fast", "128x256x128-g8-w8-s3-fast"),
+    *("128x256x128-g8-w8-s3-tma-p1-fast", "128x256x128-g8-w8-s3-tma-p1-bulk-fast", "128x256x128-g8-w8-s3-tma-fast"),
+    *("256x128x128-g4-w8-s3-tma-p1-fast", "128x128x128-g8-w8-s3-fast", "128x128x128-g8-w8-s4-tma-p1-fast"),
 )
 """The tensor core keeps the sum."""
 PACKED = (
-    *("16x32x256-g1-w4-s3", "16x64x256-g1-w4-s3", "16x64x256-g1-w4-s4", "16x64x128-g1-w4-s5", "16x128x256-g1-w4-s3"),
-    *("16x32x512-g1-w4-s2", "16x32x512-g1-w4-s3", "16x64x512-g1-w4-s2", "16x64x256-g1-w2-s3", "16x32x256-g1-w2-s4"),
-    *("16x64x256-g1-w4-s3-swap", "16x128x256-g1-w4-s3-swap", "16x64x128-g1-w4-s5-swap", "16x64x512-g1-w4-s2-swap"),
-    *("16x128x128-g1-w8-s4", "16x128x256-g1-w8-s3", "32x64x256-g1-w4-s3", "32x64x128-g1-w4-s4", "32x64x256-g1-w4-s3-swap"),
-    *("32x128x128-g1-w8-s4", "32x128x256-g1-w4-s3-swap", "64x64x128-g1-w4-s4", "64x128x128-g1-w8-s3"),
-    *("64x64x256-g1-w4-s3-swap", "64x128x128-g1-w4-s4-swap", "64x128x128-g1-w8-s4-swap", "128x128x128-g4-w8-s3-swap"),
+    *("16x64x256-g1-w4-s3", "16x64x256-g1-w2-s3", "16x64x256-g1-w4-s2", "16x32x256-g1-w2-s4", "16x32x512-g1-w2-s3"),
+    *("16x64x512-g1-w4-s2", "16x128x256-g1-w4-s3", "16x64x128-g1-w2-s5", "16x32x256-g1-w2-s3"),
+    *("16x64x256-g1-w4-s3-swap", "16x64x256-g1-w4-s2-swap", "16x64x512-g1-w4-s2-swap", "16x128x256-g1-w4-s3-swap"),
+    *("32x64x256-g1-w4-s3", "32x64x256-g1-w2-s3", "32x64x256-g1-w4-s3-swap", "32x128x256-g1-w4-s3-swap"),
+    *("64x64x256-g1-w4-s3-swap", "64x128x128-g1-w4-s4-swap", "64x64x128-g1-w4-s4-swap", "64x128x128-g1-w8-s4-swap"),
+    *("128x128x128-g4-w8-s3-swap",),
 )
 """Four-bit weights."""
 STRIPS = (
-    *((4, 1024, 4, 1), (8, 512, 4, 3), (8, 1024, 4, 1), (16, 512, 4, 1), (4, 2048, 4, 1), (4, 1024, 4, 3), (2, 1024, 2, 1)),
-    *((2, 1024, 2, 3), (4, 1024, 2, 3), (8, 1024, 4, 3), (4, 512, 2, 4), (8, 256, 2, 4)),
+    *((4, 1024, 2, 3), (8, 1024, 4, 1), (2, 1024, 2, 3), (8, 1024, 4, 3), (8, 256, 2, 4), (16, 512, 4, 1), (4, 2048, 4, 1)),
+    *((4, 1024, 4, 1), (2, 1024, 2, 1), (8, 512, 4, 3)),
 )
 
 

@@ -87,7 +87,7 @@ class Grid:
     def physical(self, ids_TK: torch.Tensor, rank: int) -> torch.Tensor:
         """Physical ids of logical ids (T, K) on source `rank`: token t takes replica (rank + t) mod (number of replicas).
 
-        -1 and ids from `logical` on are left alone.
+        -1 is left alone. Ids from `logical` on, which no expert has, stay beyond all physical ones.
         """
         if not self.redundant:
             return ids_TK
@@ -98,7 +98,8 @@ class Grid:
         routed = (ids_TK >= 0) & (ids_TK < self.logical)
         ids = torch.where(routed, ids_TK, 0).long()
         turn = rank + torch.arange(ids.size(0), device=ids.device)[:, None]
-        return torch.where(routed, table_ER[ids, turn % count_E[ids]].to(ids_TK.dtype), ids_TK)
+        beyond = torch.where(ids_TK < 0, ids_TK, ids_TK + self.redundant)
+        return torch.where(routed, table_ER[ids, turn % count_E[ids]].to(ids_TK.dtype), beyond)
 
     def columns(self, intermediate: int, rank: int) -> slice:
         """Which of the I intermediate columns `rank` holds: consecutive, the first I mod tp shards hold one more."""

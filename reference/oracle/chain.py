@@ -70,14 +70,25 @@ def _through_activation(x: Spread, problem: Problem, claims: Claims) -> Spread:
     sigma = x.variance.sqrt()
     if act.gated:
         # Gate and up vary independently: step each by its own sigma, and take the larger side (clamps have kinks).
-        moved = torch.zeros_like(value)
-        for half in (0, 1):
-            step = torch.zeros_like(sigma)
-            activations.split(step, act)[half].copy_(activations.split(sigma, act)[half])
-            moved += _larger_step(x.value, step, value, problem) ** 2
+        gate, up = (_of_half(sigma, half, problem) for half in (0, 1))
+        moved = _larger_step(x.value, gate, value, problem) ** 2 + _larger_step(x.value, up, value, problem) ** 2
+        moved += _both(x.value, SIGMAS * gate, SIGMAS * up, value, problem) ** 2 / SIGMAS**2
     else:
         moved = _larger_step(x.value, sigma, value, problem) ** 2
     return Spread(value, own.variance + moved)
+
+
+def _of_half(sigma: Tensor, half: int, problem: Problem) -> Tensor:
+    """sigma of the gate (0) or of up (1), zero for the other."""
+    step = torch.zeros_like(sigma)
+    activations.split(step, problem.act)[half].copy_(activations.split(sigma, problem.act)[half])
+    return step
+
+
+def _both(x: Tensor, gate: Tensor, up: Tensor, value: Tensor, problem: Problem) -> Tensor:
+    """What both steps move together beyond each alone: all there is where gate and up are 0."""
+    alone = activations.exact(x + gate, problem.act) + activations.exact(x + up, problem.act) - value
+    return activations.exact(x + gate + up, problem.act) - alone
 
 
 def _larger_step(x: Tensor, step: Tensor, value: Tensor, problem: Problem) -> Tensor:
@@ -132,7 +143,11 @@ def quantised_experts(inputs: Inputs, claims: Claims, rows: Operand) -> tuple[Sp
     y = _spread(*grouped(inputs, "w2", operand, inputs.b2, claims, p.hidden), p.fmt)
     # Decoded one expert at a time: all of a full-size layer in float64 would not fit beside its codes.
     own = _weighted(variance, lambda expert: weight(inputs, "w2", expert).values, inputs.w2.size(0), p.hidden, local)
-    return gate_up, h, Spread(y.value, y.variance + own)
+    # A scale made of an infinity serves a whole group, and codes of one a whole row: nothing is known of its product.
+    lost = read.value.isnan().any(dim=-1, keepdim=True) & (local >= 0)[..., None]
+    if scheme.a2 is not None and not scheme.a2.by_token:
+        lost = lost.any().expand_as(lost) & (local >= 0)[..., None]
+    return gate_up, h, Spread(torch.where(lost, torch.nan, y.value), y.variance + own)
 
 
 def shared_expert(inputs: Inputs, claims: Claims) -> tuple[Tensor, Tensor] | None:

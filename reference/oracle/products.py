@@ -30,6 +30,13 @@ TRUNCATED = 25
 """What promoted sums of one sign lose, in units of 2^-13 S. A block of 128 is 4 steps of 32 products beside the partial
 sum; each of these 33 loses half a quantum on average, and the quantum follows the partial sum, 0, 1/4, 1/2 and 3/4 of the
 block's: 33 / 2 * 1.5 = 24.75. Simulated: 10.4 at K = 128, 5.5 at K = 2048 (tests/oracle/test_products.py)."""
+STEP = 32
+"""fp8 products that a tensor core adds at a time, to a quantum of 2^-13 times the largest power of two among them and the
+partial sum M: each of the 33 loses less than a quantum, toward zero."""
+CUT = 3 / (8 * math.log(2)) * (STEP + 1) / 3
+"""Second moment of what a step of products of both signs loses, in units of (2^-13 M)^2. A loss spread over [0, q) has q^2 / 3,
+and q, the power of two below 2^-13 M, has a mean square of 3 / (8 ln 2) of it (Benford: mantissas spread evenly in logs)."""
+SIGMAS = 7
 SCALING = 4
 """float32 roundings of each partial sum that scales bring: conversion, two scales, and their addition."""
 
@@ -92,11 +99,6 @@ def accumulator_class(x: Format, w: Format, claims: Claims) -> str:
     return claims.accumulate
 
 
-def _blocks(x: Tensor, size: int) -> Tensor:
-    """(rows, A) -> (rows, ceil(A / size)): largest magnitude of each block of columns."""
-    return torch.stack([part.abs().amax(dim=-1) for part in x.split(size, dim=-1)], dim=-1)
-
-
 @dataclass(frozen=True)
 class Sum:
     """What the error of a sum of products depends on."""
@@ -129,14 +131,35 @@ def _int32(s: Sum) -> Tensor:
     return (groups if groups > 1 else 0) * U32 * s.S
 
 
+def _squares(x: Tensor, w: Tensor) -> Tensor:
+    """Q: the sum of squared products. What partial sums of random signs walk through has this variance."""
+    return x**2 @ (w**2).T
+
+
 def _promoted(s: Sum) -> Tensor:
-    largest = (_blocks(s.x.values, PROMOTED) ** 2 @ (_blocks(s.w.values, PROMOTED) ** 2).T).sqrt()
-    likely = U_FP8 * (TRUNCATED * s.exact.abs() + 8 * largest)
-    return torch.minimum(TRUNCATED * U_FP8 * s.S, likely) + (math.ceil(s.length / PROMOTED) + 2) * U32 * s.S
+    """Blocks of 128, each four steps of 32 from zero, added in float32.
+
+    At t = 0, 1/4, 1/2, 3/4 of a block with sum y_b the partial sum has the square t^2 y_b^2 + t (1 - t) Q_b, and the largest
+    product of a step at most Q_b / 4: the mean of M^2 is 7/32 y_b^2 + 13/32 Q_b. What signs in common lose follows |y|.
+    """
+    x, w = (o.values.split(PROMOTED, dim=-1) for o in (s.x, s.w))
+    sums = sum(((a @ b.T) ** 2 for a, b in zip(x, w, strict=True)), start=torch.zeros_like(s.S))
+    walk = 4 * CUT * (7 / 32 * sums + 13 / 32 * _squares(s.x.values, s.w.values))
+    likely = TRUNCATED * s.exact.abs() + SIGMAS * walk.sqrt()
+    return U_FP8 * torch.minimum(TRUNCATED * s.S, likely) + (math.ceil(s.length / PROMOTED) + 2) * U32 * s.S
 
 
 def _unpromoted(s: Sum) -> Tensor:
-    return (6 * s.length / 32 + 8) * U_FP8 * s.S
+    """n = K/32 steps into one sum. Over them the mean of M^2 is R^2 = y^2 / 3 + Q / 6 + Q / n, as for a block.
+
+    Half a quantum, 0.72 of 2^-13 M on average, is lost by the partial sum in every step, and by the share |y| / S of 32
+    products that have its sign beyond those of the other: (12 |y| / S + 1/2) n R. Of one sign that is 6 n S, with 8 to spare.
+    """
+    n = math.ceil(s.length / STEP)
+    reach = (s.exact**2 / 3 + _squares(s.x.values, s.w.values) * (1 / 6 + 1 / n)).sqrt()
+    together = s.exact.abs() / s.S.clamp(min=LEAST)
+    likely = reach * (n * (12 * together + 0.5) + SIGMAS * math.sqrt(n * CUT))
+    return U_FP8 * torch.minimum((6 * n + 8) * s.S, likely)
 
 
 @dataclass(frozen=True)
@@ -162,12 +185,14 @@ ACCUMULATIONS: dict[str, Accumulation] = {
         _int32,
     ),
     "fp8_promoted": Accumulation(
-        "min(25 v S, v (25 |y| + 8 sqrt(sum_b amax_x,b^2 amax_w,b^2))) + (K/128 + 2) u S, v = 2^-13",
-        "13 fraction bits inside 128 products, float32 above: errors of blocks are independent",
+        "v min(25 S, 25 |y| + 7 sqrt(5.2 sum_b y_b^2 + 9.7 Q)) + (K/128 + 2) u S, v = 2^-13, Q = sum x^2 w^2",
+        "13 fraction bits inside 128 products, float32 above: 33 terms a step lose half a quantum each, by their signs",
         _promoted,
     ),
     "fp8_unpromoted": Accumulation(
-        "(6 K/32 + 8) v S, v = 2^-13", "13 fraction bits over the whole sum, truncated", _unpromoted
+        "v min((6 n + 8) S, R (n (12 |y|/S + 1/2) + 17 sqrt n)), R^2 = y^2/3 + Q (1/6 + 1/n), n = K/32, v and Q as promoted",
+        "13 fraction bits over the whole sum, truncated toward zero: the loss follows the partial sum, and signs in common",
+        _unpromoted,
     ),
 }
 """u = 2^-24, S = sum |x||w| over decoded values. Sources: docs/tolerances.md 7.3 and section 5."""

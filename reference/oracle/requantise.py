@@ -3,8 +3,13 @@
 A last-bit difference in GEMM1 moves an amax, and with it every boundary of its group; values near a boundary then take the
 neighbouring code. With sigma the standard deviation of h and rho that of its scale, relative, s^2 = sigma^2 + (rho h)^2:
 
-    within 1.5 s of a boundary either code is likely: a Bernoulli variable of size jump, variance at most jump^2 / 4
-    within 7 s a flip is rare but legal, and the bound of 7 sigmas must hold two of them: variance (2 jump / 7)^2
+    within 1.5 s of a boundary either code is likely: a flip has a mean square of jump^2 / 4. 1.5 is the window over which the
+    chance of a flip, erfc(d / sqrt 2 s) / 2 at distance d, has a mean of 1/4
+
+    within 7 s a flip is rare, 0.5% on average, but it is one whole jump, not a small deviation. A variance of (2 jump / 7)^2
+    each gives n such elements a bound of 2 sqrt(n) jumps: all of them up to n = 4, and beyond it more than will flip with
+    the chance that seven sigmas have (2.6e-12). With one jump instead of two, pairs of flips would pass it with 1e-5
+
     beyond 7 s the code is certain
 
 beside (rho h)^2 for the scale itself. (An average over boundaries, max(s^2, 0.8 step s) as in docs/tolerances.md 7.6, is
@@ -27,6 +32,7 @@ Tensor = torch.Tensor
 SIGMAS = 7.0
 LIKELY = 1.5
 FLIPS = 2.0
+"""Both follow from the chances above: tests/oracle/test_requantise.py works them out."""
 
 
 def _jump(q: Quantised, h: Tensor, by: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TASKS = ("install", "verify", "test", "lint", "types", "golden", "matrix", "wheel")
+TASKS = ("install", "verify", "test", "lint", "types", "golden", "matrix", "wheel", "cuda")
 
 
 def _run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:

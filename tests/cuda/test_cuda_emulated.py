@@ -16,8 +16,10 @@ from moeproof.harness.judging.judge import judge
 from moeproof.harness.verdict import Outcome
 from moeproof.optimized import align as triton
 from moeproof.optimized.cuda import align as cuda
+from moeproof.optimized.cuda import stages
 from moeproof.optimized.cuda.library import CudaError
 from moeproof.optimized.slots import Slots
+from moeproof.reference.contract import Router
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++ here to compile the emulated kernels")
 
@@ -75,6 +77,9 @@ def test_judged(line: str) -> None:
     assert any(v.outcome is Outcome.PASS for v in verdicts)
 
 
+SORTED = ("sorted_slots", "block_expert", "num_padded", "counts")
+
+
 def random_slots(T: int, K: int, E: int, seed: int) -> Slots:
     """A fifth dead, half of the experts elsewhere."""
     g = torch.Generator().manual_seed(seed)
@@ -90,11 +95,19 @@ def test_the_sort_is_the_triton_twins(T: int, K: int, E: int, block_m: int) -> N
     """Bit for bit, in the one-launch form and (8,800 slots) in the two-launch form."""
     slots = random_slots(T, K, E, T)
     ours, twin = cuda.align(slots, block_m), triton.align(slots, block_m)
-    names = ("sorted_slots", "block_expert", "num_padded", "counts")
 
-    assert all(torch.equal(getattr(ours, name), getattr(twin, name)) for name in names)
+    assert all(torch.equal(getattr(ours, name), getattr(twin, name)) for name in SORTED)
     batched = zip(cuda.batch_rows(slots, 50), triton.batch_rows(slots, 50), strict=True)
     assert all(torch.equal(a, b) for a, b in batched)
+
+
+@pytest.mark.usefixtures("on_host")
+def test_either_router_feeds_either_sort() -> None:
+    logits = torch.randn(40, 12, generator=torch.Generator().manual_seed(1))
+    routed = [side.route(logits, Router.parse("softmax:renorm=sum"), 3)[0] for side in (stages.TRITON, stages.CUDA)]
+    sorts = [side.align(Slots(ids, 12, 12), 16) for ids in routed for side in (stages.TRITON, stages.CUDA)]
+
+    assert all(torch.equal(getattr(sorts[0], name), getattr(a, name)) for a in sorts for name in SORTED)
 
 
 @pytest.mark.usefixtures("on_host")

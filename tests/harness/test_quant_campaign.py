@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 
 from moeproof.harness.cases.quant_sample import QUANTISED
-from moeproof.harness.judging.quant_campaign import CANDIDATES, PRIMARY, SHAPES, SIZES, Row, draw, judge_piece, judges
+from moeproof.harness.judging.quant_campaign import CANDIDATES, PRIMARY, SIZES, Row, draw, judge_piece, judges
 from moeproof.harness.registry import load_candidates
 from moeproof.reference.contract import Candidate
 from moeproof.reference.contract.problem import LAYOUTS
@@ -53,12 +53,13 @@ def test_a_results_file_is_continued_where_it_ends(campaign: ModuleType, tmp_pat
 
 @pytest.mark.parametrize("mode", SIZES)
 def test_seeds_are_cases_of_their_own_that_share_what_kernels_are_compiled_for(mode: str) -> None:
+    share = SIZES[mode].share
     for scheme in QUANTISED:
-        cases = [draw(scheme, "standard", seed, mode) for seed in range(2 * SHAPES)]
-        shapes = {(c.problem.H, c.problem.I, c.problem.storage, c.problem.expert_bias) for c in cases[:SHAPES]}
+        cases = [draw(scheme, "standard", seed, mode) for seed in range(2 * share)]
+        shapes = {(c.problem.T, c.problem.H, c.problem.I, c.problem.E, c.problem.K, c.strided) for c in cases[:share]}
 
         assert len(set(cases)) == len(cases) and len(shapes) == 1
-        assert sum(c.values == "pin" for c in cases) == SHAPES // 2
+        assert sum(c.values == "pin" for c in cases) == share // 2
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -141,6 +141,6 @@ def test_policies_follow_the_claim() -> None:
 
     assert (
         "K/16" in gemm1()
-        and "sqrt(sum_b" in gemm1(accumulate="fp8_promoted")
-        and "6 K/32" in gemm1(accumulate="fp8_unpromoted")
+        and "sum_b y_b^2" in gemm1(accumulate="fp8_promoted")
+        and "n = K/32" in gemm1(accumulate="fp8_unpromoted")
     )

@@ -43,8 +43,21 @@ def test_the_bound_of_an_fp8_claim_holds_for_its_tensor_core(claim: str, columns
     exact, error = product(Operand(x, E4M3), Operand(w, E4M3), BF16, Claims(accumulate=claim))
 
     assert bool(((got - exact).abs() <= error).all())
-    # A bound 100 times too loose is a defect. Unpromoted sums of mixed signs stay that far below the worst order of summation.
-    assert float(((got - exact).abs() / error).max()) > 0.01 or (claim == "fp8_unpromoted" and not same_sign)
+    # Of random signs the worst of 128 sums is 3 standard deviations off where 7 are allowed.
+    assert float(((got - exact).abs() / error).max()) > (0.2 if same_sign else 0.06)
+
+
+@pytest.mark.parametrize("columns", [128, 512])
+def test_promoted_sums_keep_their_bound_whatever_the_values_are_like(columns: int) -> None:
+    """Values of one size have partial sums far above their largest product; outliers set the quantum for all others."""
+    g = torch.Generator().manual_seed(7)
+    x, w = (torch.rand(rows, columns, generator=g).double() * 2 - 1 for rows in (64, 96))
+    for values in (x, torch.where(torch.rand(x.shape, generator=g) < 1 / 256, x * 32, x)):
+        a, b = round_values(values * 14, E4M3), round_values(w * 448, E4M3)
+        exact, error = product(Operand(a, E4M3), Operand(b, E4M3), BF16, Claims(accumulate="fp8_promoted"))
+        ratio = (truncating(a, b, 13, 32, 128) - exact).abs() / error
+
+        assert 0.1 < float(ratio.max()) <= 1
 
 
 def test_unpromoted_sums_break_the_bound_of_those_who_claim_promotion_or_float32() -> None:

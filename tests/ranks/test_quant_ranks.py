@@ -213,6 +213,21 @@ def test_identity_tags_survive_codes(name: str, scheme: QuantScheme) -> None:
             assert sign_identities(replace(operand, q=torn), ranks)[0].tolist() == [-1, -1]
 
 
+ALARMS = {
+    "gate and up both 0, their roundings multiplied": "T=8,H=192,I=320,E=8,K=6,dtype=fp32,scheme=int4_w4a16_zp_g64,"
+    "act=silu:limit=1,placement=round_robin,values=int,ranks=4,seed=203",
+    "h leaves fp16's range before it is quantised": "T=16,H=50,I=50,E=17,K=8,dtype=fp16,scheme=fp8_block,act=gelu,"
+    "values=groups,routing=tile,ranks=16,spread=empty,seed=245",
+}
+
+
+@pytest.mark.parametrize("reason", ALARMS)
+def test_random_worlds_that_once_raised_a_false_alarm(reason: str) -> None:
+    for name in ("eager-alltoall", "eager-alltoall-overlapped"):
+        (shown,) = simulate(PAIRS[name], parse_case(ALARMS[reason]))
+        assert not findings(expectation(ALARMS[reason], name), shown)
+
+
 def test_one_rank_with_another_scale_or_scheme_is_told_to_all() -> None:
     """One clear message on every rank, before anything is exchanged."""
 

@@ -120,6 +120,8 @@ def test_replicas_take_turns() -> None:
     assert [grid.replicas(e) for e in range(3)] == [[0, 3, 6], [1, 4], [2, 5]]
     assert grid.physical(ids, 0).tolist() == [[0, 1, -1], [3, 4, -1], [6, 1, -1]]
     assert grid.physical(ids, 1).tolist() == [[3, 4, -1], [6, 1, -1], [0, 4, -1]]
+    beyond = torch.tensor([[3, 9, -1]], dtype=torch.int32)
+    assert grid.physical(beyond, 0).tolist() == [[7, 13, -1]], "an id that no expert has does not become a replica's"
     assert all(grid.logical_of(e) == want for e, want in enumerate([0, 1, 2, 0, 1, 2, 0]))
 
 

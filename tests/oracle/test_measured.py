@@ -1,0 +1,93 @@
+"""The constants of the bounds against an H100: the committed measurement holds every product, and none breaks its bound."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from moeproof.harness.judging.misround import allowance
+from moeproof.reference.contract.tensor_cores import TENSOR_CORES
+
+ROOT = Path(__file__).parents[2]
+RECORD = json.loads((ROOT / "docs/results/accumulators-h100.json").read_text(encoding="utf-8"))
+ROWS = RECORD["rows"]
+pytestmark = pytest.mark.skipif(
+    "worst_over_uQ" not in ROWS[0], reason="the committed record is older than these figures: run ci/accumulators.py on an H100"
+)
+PRODUCTS = {
+    "bf16": {"triton", "torch, stored", "torch grouped, stored"},
+    "fp16": {"triton", "torch, stored"},
+    "fp32": {"triton ieee", "triton tf32", "torch"},
+    "fp8": {
+        *("triton, default", "triton, 128 imprecise", "triton, 0 imprecise", "triton, added per 128"),
+        *("torch scaled, fast", "torch scaled, slow", "torch scaled, fast, stored"),
+        *("torch scaled grouped, fast, stored", "torch scaled grouped, slow, stored"),
+    },
+}
+"""tl.dot of every operand, fp8 with and without promotion; torch's plain, grouped, scaled and scaled grouped products."""
+HEALTHY = {("bf16", "fp32"): 0.0054, ("fp8", "fp8_promoted"): 0.104}
+"""Largest misround rates of healthy products at K = 7168 that docs/tolerances.md expects of a Hopper, by simulation."""
+
+
+def _script() -> ModuleType:
+    """ci/accumulators.py, for the operands and the expectation that the measurement used."""
+    spec = importlib.util.spec_from_file_location("accumulators", ROOT / "ci/accumulators.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_product_was_measured_on_every_kind_of_data_and_length() -> None:
+    for operands, products in PRODUCTS.items():
+        mine = [row for row in ROWS if row["operands"] == operands]
+        for product in products:
+            found = {(row["data"], row["K"]) for row in mine if row["product"] == product and "error" not in row}
+            assert found == {(kind, K) for kind in ("gauss", "outlier", "one sign") for K in (512, 2048, 7168)}, product
+
+
+@pytest.mark.parametrize("measure", ["observed_over_allowed", "misrounded_over_allowed"])
+def test_no_product_breaks_what_its_claim_allows(measure: str) -> None:
+    worst = max(ROWS, key=lambda row: row[measure])
+
+    assert 0.1 < worst[measure] <= 1, worst
+
+
+def test_misround_rates_are_those_that_the_policy_expects() -> None:
+    for (operands, claim), rate in HEALTHY.items():
+        rows = [
+            r for r in ROWS if (r["operands"], r["claim"], r["K"]) == (operands, claim, 7168) and "0 imp" not in r["product"]
+        ]
+        assert rows and max(row["misrounded_16bit"] for row in rows) <= rate
+    slow = [row["misrounded_16bit"] for row in ROWS if row["claim"] == "fp8_unpromoted" and row["data"] == "one sign"]
+    assert max(slow) == 1.0, "sums that stay in the tensor core are wrong everywhere: the count tells the two apart"
+
+
+@pytest.mark.parametrize("operands", list(PRODUCTS))
+@pytest.mark.parametrize("kind", ["gauss", "outlier", "one sign"])
+def test_the_constants_in_use_are_those_that_were_measured_against(operands: str, kind: str) -> None:
+    """The operands again, from the same integers: what the judge expects of them today is what the record was held against."""
+    script = _script()
+    a, w = script.operands(operands, kind, 512, "cpu")
+    mine = [row for row in ROWS if (row["operands"], row["data"], row["K"]) == (operands, kind, 512)]
+    for claim in {row["claim"] for row in mine}:
+        exact, error, chances = script.expectation(operands, claim, a, w)
+        scale = float((error / (a.double().abs() @ w.double().abs().T)).max())
+        for row in (row for row in mine if row["claim"] == claim):
+            assert row["expected_misrounded_16bit"] == pytest.approx(float(chances.mean()), rel=1e-6)
+            assert row["misrounded_over_allowed"] == pytest.approx(
+                row["misrounded_16bit"] * exact.numel() / float(allowance(chances.sum())), rel=1e-6
+            )
+            # No element is allowed more than `scale` of its S.
+            assert row["worst_over_uS"] * row["unit"] / scale <= row["observed_over_allowed"] * (1 + 1e-6)
+
+
+def test_rows_that_name_a_measurement_have_one() -> None:
+    named = [core for core in TENSOR_CORES if core.measured]
+
+    assert {(core.arch, core.operands) for core in named} >= {("sm_90", "bf16, fp16"), ("sm_90", "fp8")}
+    assert all((ROOT / "docs/results" / core.measured).is_file() for core in named)
