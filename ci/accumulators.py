@@ -22,9 +22,10 @@ import triton
 import triton.language as tl
 
 from moeproof.harness.cases.generator import Stream
-from moeproof.harness.judging.misround import allowance, chance
+from moeproof.harness.judging.misround import allowance, chance, size
 from moeproof.harness.reports import results
 from moeproof.reference.contract import FORMATS, Claims, Format
+from moeproof.reference.oracle import typical
 from moeproof.reference.oracle.products import Operand, product
 from moeproof.reference.oracle.rounding import round_to, ulp
 
@@ -156,8 +157,10 @@ def expectation(name: str, claim: str, a: Tensor, w: Tensor) -> tuple[Tensor, Te
     """
     fmt, codes = FORMATS[OPERANDS[name]], name == "fp8"
     x, y = (Operand(t.double(), fmt, quantised=codes) for t in (a, w))
-    exact, error = product(x, y, FORMATS["bf16"] if codes else fmt, Claims(accumulate=claim))
-    return exact, error, chance(exact, error, ulp(exact, narrow(name)))
+    dtype, claims = FORMATS["bf16"] if codes else fmt, Claims(accumulate=claim)
+    exact, error = product(x, y, dtype, claims)
+    expected = size(error, typical.product(x, y, dtype, claims))
+    return exact, error, chance(exact, expected, ulp(exact, narrow(name)))
 
 
 def measure() -> Iterator[dict[str, object]]:

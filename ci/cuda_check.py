@@ -115,7 +115,7 @@ class Check:
         """Run one, keep what it found, and say how long it took."""
         begun = time.monotonic()
         found = getattr(self, name)() if begun < self.until else deadlines.lost("not begun: the time was up")
-        if "lost" in found:
+        if found.get("lost"):
             self.note(found | {"part": name})
         self.record[name] = found | {"seconds": round(time.monotonic() - begun, 1)}
         results.write(self.output, self.record | {"wrong": len(self.wrong)})

@@ -19,6 +19,8 @@ KINDS = (
     *("mxfp8_up", "mxfp4_w4a4", "nvfp4", "int4_w4a16_zp_g32"),
 )
 """One scheme of each kind: by tensor, static, by token, by block, integer, microscaling, two-level, zero points."""
+RELATED = (*["none"] * 6, "permute", "duplicate", "split", "relabel", "flip", "double")
+"""A relation runs the layer again, or twice: every second case is plain, more where a scheme rules its relation out."""
 VALUES = ("groups", "groups", "edges", "ties", "hetero", "normal", "pin", "int")
 
 
@@ -58,9 +60,20 @@ def draw_quantised(seed: int, scheme: str | None = None, layout: str | None = No
         H, I = _pick(s, widths), _pick(s, widths)  # noqa: E741  (the project's letter)
         try:
             problem = replace(base.problem, scheme=scheme or own, H=H, I=I)
-            return replace(base, problem=problem, values=values or recipe, seed=seed)
+            return _related(replace(base, problem=problem, values=values or recipe, seed=seed))
         except ContractError:
             continue  # e.g. a probe that needs a saturating activation
+
+
+def _related(case: Case) -> Case:
+    """The case with a metamorphic relation, from a stream of its own: what else a seed draws stays what it was. Plain where
+    the relation is none for this case.
+    """
+    relation = _pick(Stream(case.seed, "quantised relation"), RELATED)
+    try:
+        return replace(case, relation=relation)
+    except ContractError:
+        return case
 
 
 def sample_quantised(count: int, start: int = 0) -> Iterator[Case]:

@@ -37,7 +37,14 @@ def draw_world(seed: int, ranks: int = 0) -> Case:
         sp = pick((0, 1)) if tp > 1 else 0
         try:
             return replace(
-                base, ranks=ranks or number, tp=tp, sp=sp, redundant=redundant, spread=list(SPREADS)[spread], seed=seed
+                base,
+                ranks=ranks or number,
+                tp=tp,
+                sp=sp,
+                redundant=redundant,
+                spread=list(SPREADS)[spread],
+                relation="none",
+                seed=seed,
             )
         except ContractError:
             continue

@@ -41,7 +41,7 @@ class Fault:
     schemes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Variant -> quantised schemes that it can happen in; empty on grounds that quantise nothing."""
     least: int = 1
-    """Fewest tokens that can trigger it."""
+    """Tokens that its trigger needs where that is more than a few, all else at its smallest; `note` says why."""
     random: bool = False
     """Fires by chance: scored by repeats to detection for each p of CHANCES."""
     why_not: str = ""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
@@ -17,10 +19,12 @@ from moeproof.reference.contract.inputs import Inputs
 from moeproof.reference.contract.problem import Problem
 from moeproof.reference.contract.schemes import format_of
 from moeproof.reference.contract.stages import TENSORS
+from moeproof.reference.oracle import typical
 from moeproof.reference.oracle.activations import activate
 from moeproof.reference.oracle.chain import chain, shared_expert
 from moeproof.reference.oracle.combine import combine
-from moeproof.reference.oracle.experts import gemm1, gemm2, live_slots
+from moeproof.reference.oracle.experts import gemm1, gemm2, input_rows, live_slots
+from moeproof.reference.oracle.products import Operand, plain
 from moeproof.reference.oracle.value import Trace, Value
 
 Tensor = torch.Tensor
@@ -89,18 +93,25 @@ class Expectation:
         p, got = self.inputs.problem, shown[name]
         fmt = format_of(got.dtype)
         if p.quant.quantised and (name == "gate_up" or (name == "y" and quant_expect.knows_hidden(shown))):
-            return quant_expect.product(self.inputs, name, shown, fmt, self.claims)
+            value = quant_expect.product(self.inputs, name, shown, fmt, self.claims)
+            return self._typically(value, name, quant_expect.operand(self.inputs, name, shown))
         if name == "gate_up" and not p.latent:
-            return gemm1(self.inputs, self.inputs.hidden_states, fmt, self.claims)
+            value = gemm1(self.inputs, self.inputs.hidden_states, fmt, self.claims)
+            return self._typically(value, name, plain(input_rows(self.inputs, self.inputs.hidden_states), p.fmt))
         if name == "h" and "gate_up" in shown:
             return activate(shown["gate_up"], p.act, fmt, self.claims, live_slots(self.inputs))
         if name == "y" and "h" in shown:
-            return gemm2(self.inputs, shown["h"], fmt, self.claims)
+            return self._typically(gemm2(self.inputs, shown["h"], fmt, self.claims), name, plain(shown["h"], p.fmt))
         if name == "out" and "y" in shown and not p.latent:
             if p.shared and self._shared is None:
                 self._shared = shared_expert(self.inputs, self.claims)
             return combine(self.inputs, shown["y"], fmt, self.claims, self._shared)
         return self.chained(name)
+
+    def _typically(self, value: Value, name: str, rows: Operand) -> Value:
+        """A product with the size that its error has as a rule."""
+        weights = "w1" if name == "gate_up" else "w2"
+        return replace(value, typical=functools.partial(typical.grouped, self.inputs, weights, rows, self.claims))
 
 
 def judge_shown(shown: Shown, expect: Expectation) -> tuple[dict[str, Comparison], dict[str, Value]]:

@@ -26,6 +26,7 @@ def replay_graph(trial: Trial) -> Ruling | None:
     """Capture once; each replay with other inputs must have the bits of a plain call on those inputs."""
     static, _ = guard_inputs(trial.inputs, PATTERNS[0], trial.device)
     side = torch.cuda.Stream(device=trial.device)
+    side.wait_stream(torch.cuda.current_stream(trial.device))  # the inputs are written there
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.stream(side):

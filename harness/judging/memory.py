@@ -185,6 +185,8 @@ class Poison(TorchDispatchMode):
             return result
         if result.layout != torch.strided or result.device.type == "meta" or result.is_quantized:
             return result
+        if (kwargs or {}).get("pin_memory"):  # host memory that a device reaches: ours would be out of its reach
+            return result
         shape = tuple(result.shape)
         name = f"a buffer that the candidate allocated as {shape} {result.dtype}".replace("torch.", "")
         guard = guarded(shape, result.stride(), result.dtype, result.device, self.pattern, name)

@@ -95,13 +95,19 @@ def knows_hidden(shown: Shown) -> bool:
     return "h" in shown or ("hq" in shown and "hs" in shown)
 
 
+def operand(inputs: Inputs, name: str, shown: Shown) -> Operand:
+    """What GEMM1 (`name` gate_up) or GEMM2 (y) multiplies by its weights."""
+    return _rows(inputs, shown) if name == "gate_up" else _hidden(inputs, shown)
+
+
 def product(inputs: Inputs, name: str, shown: Shown, fmt: Format, claims: Claims) -> Value:
     """gate_up or y, isolated: on the values that the operands' codes stand for."""
     p = inputs.problem
+    rows = operand(inputs, name, shown)
     if name == "gate_up":
-        exact, error = grouped(inputs, "w1", _rows(inputs, shown), inputs.b1, claims, p.N)
+        exact, error = grouped(inputs, "w1", rows, inputs.b1, claims, p.N)
     else:
-        exact, error = grouped(inputs, "w2", _hidden(inputs, shown), inputs.b2, claims, p.hidden)
+        exact, error = grouped(inputs, "w2", rows, inputs.b2, claims, p.hidden)
     return stored(exact, error, fmt, live_slots(inputs))
 
 

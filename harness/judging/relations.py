@@ -154,7 +154,7 @@ def related(trial: Trial) -> Ruling | None:
 def scaling_error(doubled: Tensor, fmt: Format) -> Tensor:
     """Scaling by two is exact for normal numbers. Below them twice the rounding of y is up to 3/2 steps off that of 2 y."""
     least = 2.0**fmt.emin
-    return torch.where(doubled.abs() < 2 * least, 1.5 * least * 2.0**-fmt.bits, 0.0)
+    return torch.where(doubled.abs() <= 2 * least, 1.5 * least * 2.0**-fmt.bits, 0.0)
 
 
 def _named(finding: Finding, relation: str, exact: bool) -> Finding:

@@ -96,6 +96,7 @@ def captured(call: Callable[[], Mapping[str, Tensor]], device: torch.device) -> 
     if device.type == "cpu":
         return lambda pattern: call()
     side = torch.cuda.Stream(device=device)
+    side.wait_stream(torch.cuda.current_stream(device))  # the inputs are written there
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(side):
         for _ in range(WARM_UP):

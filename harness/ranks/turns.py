@@ -14,6 +14,7 @@ import torch
 from moeproof.harness.cases.case import Case
 from moeproof.harness.cases.generator import Stream
 from moeproof.harness.cases.inputs import make_inputs, strided
+from moeproof.harness.cases.tokens import PER_TOKEN
 from moeproof.harness.cases.worlds import make_rank_inputs, whole_case
 from moeproof.harness.judging.graphs import REPLAYS, ROUTINGS
 from moeproof.harness.judging.history import others
@@ -43,12 +44,14 @@ class Turn:
     """What a finding of this call must say about it: `called again`, .. ; empty for the first call."""
     late: int | None = None
     """A rank that comes late to each of its parts."""
+    layer: Case | None = None
+    """Whose weights, biases and static scales: one instance serves one layer, so only its tokens may change."""
     changed: tuple[str, int] | None = None
     """(relation, which of its calls): the tensors are those that the relation makes of the case's."""
 
     def repeats(self, first: Turn) -> bool:
         """It must have the very bits of the first call."""
-        return (self.case, self.world, self.changed) == (first.case, first.world, first.changed)
+        return (self.case, self.world, self.changed, self.layer) == (first.case, first.world, first.changed, first.layer)
 
 
 def turns(case: Case, lean: bool = False) -> tuple[Turn, ...]:
@@ -78,7 +81,7 @@ def _interleaved(first: Turn, instance: int) -> Iterator[Turn]:
         if quiet.problem.routed_ids >= quiet.problem.K and quiet.routing != "router":
             quiet = replace(quiet, routing=routing)
         other = replace(quiet, seed=first.case.seed + number)
-        yield Turn(other, first.world, instance, PATTERNS[1], f"of other data, back to back ({other})", late=late)
+        yield Turn(other, first.world, instance, PATTERNS[1], f"of other data, back to back ({other})", late, first.case)
     yield replace(first, instance=instance, why=f"after calls with other data, while rank {late} is late", late=late)
     for number, other in enumerate(others(first.case), start=1):
         yield Turn(other, other.world, instance + number, PATTERNS[1], f"in between ({other})")
@@ -93,7 +96,7 @@ def replays(case: Case) -> tuple[Turn, ...]:
         other = replace(case, seed=case.seed + number, history="none", relation="none")
         if case.problem.routed_ids >= case.problem.K and case.routing != "router":
             other = replace(other, routing=ROUTINGS[number % len(ROUTINGS)])
-        plan.append(replace(first, case=other, why=f"replay {number} of a captured call ({other})"))
+        plan.append(replace(first, case=other, layer=case, why=f"replay {number} of a captured call ({other})"))
     return tuple(plan)
 
 
@@ -127,7 +130,7 @@ def rank_order(case: Case) -> list[int]:
 
 def turn_inputs(turn: Turn, rank: int, device: torch.device) -> Inputs:
     """What one rank is given in this call."""
-    if turn.changed is None and turn.world == turn.case.world:
+    if turn.changed is None and turn.layer is None and turn.world == turn.case.world:
         return make_rank_inputs(turn.case, rank, device)
     inputs = rank_inputs(turn.world, turn_whole(turn, device), rank)
     return strided(inputs) if turn.case.strided else inputs
@@ -138,4 +141,8 @@ def turn_whole(turn: Turn, device: torch.device | str = "cpu") -> Inputs:
     device = torch.device(device)
     if turn.changed is not None:
         return related_calls(turn.case, device)[turn.changed[1]][1]
-    return make_inputs(replace(whole_case(turn.case), strided=False), device)
+    own = make_inputs(replace(whole_case(turn.case), strided=False), device)
+    if turn.layer is None:
+        return own
+    layer = make_inputs(replace(whole_case(turn.layer), strided=False), device)
+    return layer.map({name: t for name, t in own.tensors() if name in PER_TOKEN})

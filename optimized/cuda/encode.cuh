@@ -21,13 +21,22 @@ template <int BITS, int EMIN, int WIDTH> __device__ unsigned minifloat(float x) 
     return code | bits >> 31 << (WIDTH - 1);
 }
 
+// E2M1 in fewer steps. With 2^(e + 22) added, where 2^e <= x < 2^(e + 1) and e >= 0, x is rounded to a step of 2^(e - 1); the
+// steps of a binade are numbered from 2 on, so that each binade's codes are its numbers and 2 e.
+__device__ inline unsigned e2m1(float x) {
+    const float magnitude = fabsf(x);
+    const unsigned exponent = __float_as_uint(fmaxf(magnitude, 1.0f)) >> 23, steps = (exponent + 22) << 23;
+    const unsigned code = __float_as_uint(magnitude + __uint_as_float(steps)) - steps + 2 * (exponent - 127);
+    return code | __float_as_uint(x) >> 31 << 3;
+}
+
 __device__ inline unsigned encode(int format, float x) {
     switch (format) {
         case E4M3: return minifloat<3, -6, 8>(x);
         case E5M2: return minifloat<2, -14, 8>(x);
         case E3M2: return minifloat<2, -2, 6>(x);
         case E2M3: return minifloat<3, 0, 6>(x);
-        case E2M1: return minifloat<1, 0, 4>(x);
+        case E2M1: return e2m1(x);
         default: return static_cast<unsigned>(__float2int_rn(x)) & 0xffu;
     }
 }

@@ -40,11 +40,10 @@ struct Divisor {
     float b, reciprocal;
     bool usual;
 
+    // Where `usual`. The remainder is taken with its sign turned, so that the quotient of -0 stays -0.
     __device__ float divides(float a) const {
-        if (!usual) return __fdiv_rn(a, b);  // the same choice for a whole group
         const float q = __fmul_rn(a, reciprocal);
-        // The sign is a's: the sum of a zero quotient and a zero remainder would lose it.
-        return copysignf(__fmaf_rn(__fmaf_rn(-q, b, a), reciprocal, q), a);
+        return __fmaf_rn(-__fmaf_rn(q, b, -a), reciprocal, q);
     }
 };
 
@@ -132,7 +131,7 @@ __device__ inline Scale make_scale(const Quantise& a, unsigned group, int lane, 
     if (a.rule >= OCP_FLOOR) {
         const int e = scale_exponent(a, amax);
         if (lane == 0) a.exponents[group] = static_cast<uint8_t>(e + 127);
-        return {divisor_of(1.0f), two_to(-e), false};  // exact: a power of two
+        return {{1.0f, 1.0f, true}, two_to(-e), false};  // exact: a power of two
     }
     const float floored = fmaxf(amax, a.floor);
     const float s = a.rule == STATIC ? *a.given : __fdiv_rn(floored, a.top);
@@ -170,7 +169,7 @@ __global__ void __launch_bounds__(MOST_THREADS) quantise_kernel(const Quantise a
             const int i = start + p * stride;
             if (i < last) own[p] = source<ACTIVATED, WHOLE, T, N>(a, row, i, WHOLE ? N : min(N, last - i));
         }
-#pragma unroll 1
+#pragma unroll(ACTIVATED ? 1 : PACKS)
         for (int p = 0; p < PACKS; ++p) {
             const int i = start + p * stride, count = WHOLE ? N : min(N, last - i);
             Columns<T, N> c = own[0];
@@ -192,9 +191,13 @@ __global__ void __launch_bounds__(MOST_THREADS) quantise_kernel(const Quantise a
     for (int i = start; i < last; i += stride) {
         const int count = WHOLE ? N : min(N, last - i);
         float ratio[N];
-        if (scale.divide) {
+        // One choice for a pack: made for each element, it would cost as much as the division.
+        if (scale.divide && scale.divisor.usual) {
 #pragma unroll
             for (int j = 0; j < N; ++j) ratio[j] = scale.divisor.divides(own[0].first.get(j));
+        } else if (scale.divide) {
+#pragma unroll
+            for (int j = 0; j < N; ++j) ratio[j] = __fdiv_rn(own[0].first.get(j), scale.divisor.b);
         } else {
 #pragma unroll
             for (int j = 0; j < N; ++j) ratio[j] = __fmul_rn(own[0].first.get(j), scale.factor);
@@ -209,6 +212,8 @@ __global__ void __launch_bounds__(MOST_THREADS) quantise_kernel(const Quantise a
             case E2M1: store_codes<E2M1, WHOLE>(a, row, i, count, ratio); break;
             default: store_codes<INT8, WHOLE>(a, row, i, count, ratio); break;
         }
+        // No loop around one pack: from it the compiler would lift seven exact divisions, which then are always done.
+        if constexpr (PACKS == 1) break;
         rotate(own, own[0]);
     }
 }

@@ -10,7 +10,7 @@ from moeproof.optimized.quant.gemm import Rows, Weights
 from moeproof.optimized.quant.prepare import quantised_rows
 from moeproof.optimized.slots import Slots
 from moeproof.reference.contract.inputs import Inputs
-from moeproof.reference.contract.quant_checks import check_global, check_quantised
+from moeproof.reference.contract.quant_checks import check_global, check_quantised, check_static_scale
 
 Tensor = torch.Tensor
 
@@ -20,6 +20,7 @@ def _weights(inputs: Inputs) -> tuple[Weights, Weights]:
     i, p = inputs, inputs.problem
     scheme, e = p.quant, i.w1.size(0)
     assert scheme.w is not None
+    check_static_scale("a1_scale", scheme.a1, i.a1_scale, 0, i.device)
     check_quantised(
         scheme, p.fmt.dtype, (e, p.N, p.hidden, p.I), i.w1, i.w2, i.w1_scale, i.w2_scale, i.w1_zp, i.w2_zp, i.a2_scale
     )

@@ -32,7 +32,11 @@ LOOKS = 15_000
 """Looks at a signal in a second of the interpreter, about."""
 PUT_BLOCK = 4096
 """Words of a row that one program holds."""
-SUM_BLOCK = 1024
+PER_SM = {"put": 2, "sum": 4}
+"""Programs of a multiprocessor. On an H100 rows left at 344 GB/s with one, two or four; sums at 300 with two, 347 with four."""
+SUM_BLOCK, SUM_WARPS = 1024, 4
+WIDE_BLOCK, WIDE_WARPS = 8192, 16
+"""Of sums where few programs have to do: each holds a whole row, and has as much on its way as several narrow ones."""
 FILL = 1024
 """Ids of absent tokens that one program clears at once."""
 WORDS = ((torch.int32, tl.int32), (torch.int16, tl.int16), (torch.uint8, tl.uint8))
@@ -54,9 +58,19 @@ class Received:
 
 
 class Exchange:
-    """Collective: all ranks make theirs together, with the same layout. `facts` must agree as well."""
+    """Collective: all ranks make theirs together, with the same layout. `facts` must agree as well.
 
-    def __init__(self, link: Link, layout: Layout, facts: dict[str, object], patience: float = PATIENCE) -> None:
+    `programs` is how many put at most: few leave multiprocessors to what computes meanwhile.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        layout: Layout,
+        facts: dict[str, object],
+        patience: float = PATIENCE,
+        programs: int | None = None,
+    ) -> None:
         self.link, self.layout, self.patience = link, layout, patience
         grid = layout.grid
         shared = {"call": "symmetric exchange", "placement": grid, "payload": layout.payload, "most": layout.most, **facts}
@@ -75,7 +89,8 @@ class Exchange:
         self._lost = ""
         """Why this exchange can serve no further call."""
         self._there = {name: layout.view(self.own, name) for name in ("rows", "scales", "ids", "weights")}
-        self._programs = 2 * processors(link.device)
+        self._programs = {kind: programs or n * processors(link.device) for kind, n in PER_SM.items()}
+        self._wide = programs is not None
         self._prepare_launches()
         self._load_kernels()
         # All have cleared their arenas and loaded their kernels: from here on they may meet inside kernels.
@@ -115,8 +130,9 @@ class Exchange:
             "num_warps": 8,
         }
         self._sums_arguments = (*common, *self._at("signals", "notices", "tokens", "parts"), lay.most, p.hidden, me)
+        block, warps = (WIDE_BLOCK, WIDE_WARPS) if self._wide else (SUM_BLOCK, SUM_WARPS)
+        self._sums_options = {**meeting, "K": p.slots, "BLOCK": min(power(p.hidden), block), "num_warps": warps}
         block = min(power(p.hidden), SUM_BLOCK)
-        self._sums_options = {**meeting, "K": p.slots, "BLOCK": block, "num_warps": 4}
         self._add_arguments = (self.own, self.state, going, *self._at("parts"), lay.most, p.hidden)
         self._add_options = {"RANKS": grid.ranks, "BLOCK": block, "num_warps": 4}
         self._add_blocks = -(-p.hidden // block)
@@ -157,7 +173,7 @@ class Exchange:
         work = max(tokens, -(-(lay.most - tokens) * lay.payload.slots // FILL), 1)
         row_words, scale_words = rows.view(self._row_view), None if scales is None else scales.view(self._scale_view)
         strides = (row_words.stride(0), 0 if scale_words is None else scale_words.stride(0), *ids.stride(), *weights.stride())
-        _dispatch[(1 if dry else min(work, self._programs),)](
+        _dispatch[(1 if dry else min(work, self._programs["put"]),)](
             *self._dispatch_arguments, row_words, scale_words, ids, weights, counts, *strides,
             tokens, int(refused), self._limit, int(dry), **self._dispatch_options,
         )  # fmt: skip
@@ -166,7 +182,7 @@ class Exchange:
     def _launch_sums(
         self, y: Tensor, places: Tensor | None, ids: Tensor, weights: Tensor, weighted: bool, refused: bool, dry: bool = False
     ) -> None:
-        programs = 1 if dry or refused else min(self.layout.rows, self._programs)
+        programs = 1 if dry or refused else min(self.layout.rows, self._programs["sum"])
         _put_sums[(programs,)](
             *self._sums_arguments, y, places, ids, weights, y.stride(0), int(refused), self._limit, int(dry),
             WEIGHTED=weighted, **self._sums_options,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -40,6 +41,7 @@ class _Symmetric(FusedMoEPrepareAndFinalize):
         payload: Payload,
         scheme: QuantScheme = UNQUANTISED,
         patience: float = PATIENCE,
+        programs: int | None = None,
         **facts: object,
     ) -> None:
         check(max_num_tokens >= 0, f"max_num_tokens={max_num_tokens} must not be negative")
@@ -47,10 +49,12 @@ class _Symmetric(FusedMoEPrepareAndFinalize):
         self.max_num_tokens = max_num_tokens
         layout = Layout(grid, payload, max(max_num_tokens, 1))
         facts |= {"kind": type(self).__name__, "max tokens": max_num_tokens, "scheme": scheme.name}
-        self.exchange = Exchange(link, layout, facts, patience)
+        self.exchange = Exchange(link, layout, facts, patience, programs)
         self.payload = payload
         self._known_map: Tensor | None = None
         """The expert map that has been looked at: reading it would wait for the device."""
+        self._accepted: tuple[object, ...] = ()
+        """What the arguments of the last prepare looked like."""
         self._local = grid.local(link.rank)
         map_of_grid = grid.expert_map(link.rank)
         self._map = None if map_of_grid is None else map_of_grid.to(link.device)
@@ -105,8 +109,11 @@ class _Symmetric(FusedMoEPrepareAndFinalize):
         expert_map: Tensor | None,
         weight_on_input: bool,
     ) -> None:
-        """Metadata only, but for the contents of a map that was not there before."""
+        """Metadata only, but for the contents of a map that was not there before. The same call twice is looked at once."""
         p, tokens = self.payload, a1.size(0)
+        looks = (a1.shape, topk_ids.shape, topk_weights.shape, topk_ids.dtype, topk_weights.dtype, num_experts, weight_on_input)
+        if looks == self._accepted and expert_map is self._known_map:
+            return  # the words of refusals that do not come cost as much as a launch
         check(a1.dim() == 2 and a1.size(1) == p.hidden, f"a1 is {tuple(a1.shape)}, must be (tokens, {p.hidden})")
         check(tokens <= self.max_num_tokens, f"{tokens} tokens on this rank, at most {self.max_num_tokens} are allowed")
         for name, t in (("topk_ids", topk_ids), ("topk_weights", topk_weights)):
@@ -121,15 +128,13 @@ class _Symmetric(FusedMoEPrepareAndFinalize):
             num_experts == self.grid.experts,
             f"num_experts={num_experts}, the placement shares {self.grid.experts} experts; they must be equal",
         )
-        if expert_map is None or expert_map is self._known_map:
-            check(expert_map is not None or self._map is None, "expert_map is None, but the experts are shared out")
-            return
-        want = torch.arange(self.grid.experts) if self._map is None else self._map.cpu()
-        check(
-            expert_map.tolist() == want.tolist(),
-            f"expert_map is {expert_map.tolist()}, the placement gives rank {self.rank} of {self.grid.ranks} {want.tolist()}",
-        )
-        self._known_map = expert_map
+        check(expert_map is not None or self._map is None, "expert_map is None, but the experts are shared out")
+        if expert_map is not None and expert_map is not self._known_map:
+            want = [*range(self.grid.experts)] if self._map is None else self._map.tolist()
+            whose = f"rank {self.rank} of {self.grid.ranks}"
+            got = expert_map.tolist()
+            check(got == want, f"expert_map is {got}, the placement gives {whose} {want}; they must be equal")
+        self._known_map, self._accepted = expert_map, looks
 
     def check_output(self, output: Tensor, topk_weights: Tensor) -> None:
         tokens = self.exchange.tokens
@@ -267,11 +272,11 @@ class SymmBatchedPrepareFinalize(_Symmetric):
 
 
 def _travels(rows: Tensor, name: str, columns: int, dtype: torch.dtype) -> Tensor:
-    """Rows whose columns lie side by side, as the exchange was made for."""
-    check(
-        rows.dim() == 2 and rows.size(1) == columns and rows.dtype == dtype,
-        f"{name} to send are {tuple(rows.shape)} {rows.dtype}, this exchange was made for (tokens, {columns}) {dtype}",
-    )
-    # A row must also begin where its words do.
-    word_aligned = rows.stride(0) * dtype.itemsize % 4 == 0 and rows.data_ptr() % 4 == 0
-    return rows if rows.stride(1) == 1 and (word_aligned or rows.is_contiguous()) else rows.contiguous()
+    """Rows as the exchange was made for, each of which begins where a word of it does."""
+    if rows.shape[1:] != (columns,) or rows.dtype != dtype:
+        got = f"{tuple(rows.shape)} {rows.dtype}"
+        raise ContractError(f"{name} to send are {got}, this exchange was made for (tokens, {columns}) {dtype}")
+    word = math.gcd(columns * dtype.itemsize, 4)
+    if rows.stride(1) == 1 and rows.data_ptr() % word == 0 and rows.stride(0) * dtype.itemsize % word == 0:
+        return rows
+    return rows.clone(memory_format=torch.contiguous_format)

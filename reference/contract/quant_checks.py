@@ -1,7 +1,7 @@
 """Argument checks of quantised calls, shared by every implementation. All raise ContractError before any launch.
 
-`check_quantised` looks at metadata only and never synchronises; `check_scale_values` reads the scales and belongs into
-reference code and tests.
+Shapes, dtypes and devices are looked at in every call. The values of a scale are read once for each tensor, because that waits
+for the GPU: a layer's scales are made when its weights are loaded, and later calls see the same tensors.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from moeproof.reference.contract.errors import ContractError, check
-from moeproof.reference.contract.formats import Format, format_of
+from moeproof.reference.contract.formats import FORMATS, Format, format_of
 from moeproof.reference.contract.schemes import ALL, Quantiser, QuantScheme
 
 Tensor = torch.Tensor
@@ -50,7 +51,9 @@ def check_weight_tensors(
     why = f"{q.fmt} weights {shape} with scales for groups of {_group(q)}"
     q.check_columns(name, shape[-1])
     _exactly(name, w, q.code_shape(*shape), q.format.dtype, w.device, why)
-    _exactly(f"{name}_scale", scale, q.scale_shape(*shape), q.scale_format(format_of(dtype)).dtype, w.device, why)
+    form = q.scale_format(format_of(dtype))
+    _exactly(f"{name}_scale", scale, q.scale_shape(*shape), form.dtype, w.device, why)
+    _check_values_once(f"{name}_scale", scale, form)
     if q.zero_points:
         e, rows, groups = q.scale_shape(*shape)
         check(rows % 2 == 0, f"{name} has {rows} rows; zero points pack two rows to a byte")
@@ -68,6 +71,7 @@ def check_static_scale(
         return
     shape = (experts, 1, 1) if quantiser.two_level and experts else (1, 1)
     _exactly(name, scale, shape, torch.float32, device, "the scheme's activation scale is static")
+    _check_values_once(name, scale, FORMATS["fp32"])
 
 
 def check_activation(
@@ -104,7 +108,7 @@ def check_quantised(
     w2_zp: Tensor | None,
     a2_scale: Tensor | None,
 ) -> None:
-    """Everything quantised that `apply` gets, except its rows: sizes is (e, N, K, I). Metadata only."""
+    """Everything quantised that `apply` gets, except its rows: sizes is (e, N, K, I)."""
     e, N, K, I = sizes  # noqa: E741  (the project's letter)
     check_weight_tensors("w1", scheme.w, (e, N, K), w1, w1_scale, w1_zp, dtype)
     check_weight_tensors("w2", scheme.w, (e, K, I), w2, w2_scale, w2_zp, dtype)
@@ -117,10 +121,25 @@ def check_global(name: str, quantiser: Quantiser | None, scale: Tensor | None, e
         _absent(name, scale, "the weights' scales have one level")
     else:
         _exactly(name, scale, (experts, 1, 1), torch.float32, device, "the weights' scales have two levels")
+        _check_values_once(name, scale, FORMATS["fp32"])
+
+
+_seen = WeakTensorKeyDictionary()
+"""Scales whose values were found good."""
+
+
+def _check_values_once(name: str, scale: Tensor | None, fmt: Format) -> None:
+    """check_scale_values at the first sight of a tensor; not while a CUDA graph is captured, when nothing can be read."""
+    if scale is None or scale.is_meta or scale in _seen:
+        return
+    if scale.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    check_scale_values(name, scale, fmt)
+    _seen[scale] = True
 
 
 def check_scale_values(name: str, scale: Tensor | None, fmt: Format) -> None:
-    """Refuse a scale that is zero, negative, infinite or NaN, naming the first. Reads the tensor: reference code only."""
+    """Refuse a scale that is zero, negative, infinite or NaN, naming the first. Reads the tensor, and so waits for the GPU."""
     if scale is None:
         return
     if fmt.name == "e8m0":

@@ -83,6 +83,7 @@ def run(inputs: Inputs) -> dict[str, Tensor]:
         routed = inputs.topk_ids >= 0 if p.quant.quantised else live_TK
         source = weighted_input(source, inputs.topk_weights, torch.where(routed, inputs.topk_ids, -1))
     if p.quant.quantised:
+        quant_layer.check_inputs(inputs)
         shows |= quant_layer.run(inputs, source, local_TK)
         return shows | {"out": _finish(inputs, shows["y"], live_TK)}
     gate_up = torch.zeros(T, K, p.N, dtype=dtype, device=x.device)

@@ -85,12 +85,17 @@ def _each(s: Tensor, q: Quantiser, columns: int) -> Tensor:
     return s if q.group[1] == ALL else s.repeat_interleave(q.group[1], dim=1)[:, :columns]
 
 
+def _over_max(amax: Tensor, q: Quantiser) -> Tensor:
+    """amax / max, rounded once. By a tensor: a GPU divides by a number as a product with its reciprocal, which rounds twice."""
+    return amax / torch.tensor(q.format.max, dtype=torch.float32, device=amax.device)
+
+
 def _power_of_two(amax: Tensor, q: Quantiser) -> Tensor:
     """Exponents int32 of MX scales, in [-127, 127]."""
     if q.rule == "ocp_floor":
         exponent = torch.frexp(amax).exponent - 1 - q.format.emax
     else:
-        mantissa, exponent = torch.frexp(amax / q.format.max)
+        mantissa, exponent = torch.frexp(_over_max(amax, q))
         exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)
     return torch.where(amax == 0, -127, exponent).clamp(-127, 127)
 
@@ -98,7 +103,7 @@ def _power_of_two(amax: Tensor, q: Quantiser) -> Tensor:
 def scale_of_tensor(amax: Tensor, q: Quantiser) -> Tensor:
     """float32 (1, 1): the dynamic scale of a whole tensor whose largest magnitude is known."""
     floor = torch.tensor(q.floor, dtype=torch.float32, device=amax.device)
-    return (torch.maximum(amax, floor) / q.format.max).view(1, 1)
+    return _over_max(torch.maximum(amax, floor), q).view(1, 1)
 
 
 def quantise(x: Tensor, q: Quantiser, dtype: torch.dtype, given: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -118,14 +123,14 @@ def quantise(x: Tensor, q: Quantiser, dtype: torch.dtype, given: Tensor | None =
         return encode((x.double() / _each(s, q, x.size(1))).float(), q.format), (exponent + 127).to(torch.uint8)
     if q.two_level:
         assert given is not None
-        s = amax / q.format.max
+        s = _over_max(amax, q)
         s = s / given if q.rule == "two_level_decode" else s * given
         form = q.scale_format(format_of(dtype))
         stored = torch.clamp(s, form.least, form.max).to(form.dtype)
         each = _each(stored.float(), q, x.size(1))
         ratio = x / (each * given) if q.rule == "two_level_decode" else x * (given / each)
         return encode(ratio, q.format), stored
-    s = floored / q.format.max if given is None else given
+    s = _over_max(floored, q) if given is None else given
     each = _each(s, q, x.size(1))
     if q.quotient == "divide":
         ratio = x / each

@@ -143,16 +143,11 @@ def quantised_experts(inputs: Inputs, claims: Claims, rows: Operand) -> tuple[Sp
     y = _spread(*grouped(inputs, "w2", operand, inputs.b2, claims, p.hidden), p.fmt)
     # Decoded one expert at a time: all of a full-size layer in float64 would not fit beside its codes.
     own = _weighted(variance, lambda expert: weight(inputs, "w2", expert).values, inputs.w2.size(0), p.hidden, local)
-    lost = _leaves_range(gate_up, p.fmt) | _leaves_range(h, p.fmt)
+    # A scale made of an infinity serves a whole group, and codes of one a whole row: nothing is known of its product.
+    lost = read.value.isnan().any(dim=-1, keepdim=True) & (local >= 0)[..., None]
     if scheme.a2 is not None and not scheme.a2.by_token:
-        lost = lost.any().expand_as(lost)
-    value = torch.where(lost[..., None] & (local >= 0)[..., None], torch.nan, y.value)
-    return gate_up, h, Spread(value, y.variance + own)
-
-
-def _leaves_range(x: Spread, fmt: Format) -> Tensor:
-    """bool (T, K): rows that may hold an infinity where they are stored. What is quantised of one is any code."""
-    return (x.value.abs() + x.allowed > fmt.max).any(dim=-1)
+        lost = lost.any().expand_as(lost) & (local >= 0)[..., None]
+    return gate_up, h, Spread(torch.where(lost, torch.nan, y.value), y.variance + own)
 
 
 def shared_expert(inputs: Inputs, claims: Claims) -> tuple[Tensor, Tensor] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,8 @@ class Value:
     fmt: Format | None = None
     error: torch.Tensor | None = None
     """The part of the bound that precedes the final rounding, where the value is the exact result."""
+    typical: Callable[[], torch.Tensor] | None = None
+    """Root mean square of that part over correct implementations, where it is derived (typical.py). Worked out when asked."""
 
 
 Trace = Mapping[str, Value]

@@ -8,13 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from moeproof.harness import interpreter
 from moeproof.harness.cases.case import parse_case
 from moeproof.harness.cases.inputs import make_inputs
-from moeproof.harness.judging.pairs import run_pair
-from moeproof.reference.contract import ContractError, Inputs, Pair
+from moeproof.harness.judging.pairs import as_candidate
+from moeproof.optimized.quant.candidates import quant_candidates
+from moeproof.reference.contract import Candidate, ContractError, Inputs, Pair
 from moeproof.reference.eager import candidates
 
-PAIRS = {c.name: c for c in candidates() if isinstance(c, Pair)}
 Change = Callable[[Inputs], dict[str, torch.Tensor | None]]
 
 
@@ -73,7 +74,18 @@ BAD: dict[str, tuple[str, Change, str]] = {
 def test_bad_quantised_arguments_are_refused_by_name(name: str, layout: str) -> None:
     scheme, change, words = BAD[name]
     inputs = _case(scheme, layout)
-    pair = PAIRS["eager" if layout == "standard" else "eager-batched"]
+    bad = replace(inputs, **change(inputs))  # type: ignore[arg-type]
+    for entry in _entries(scheme, layout):
+        with interpreter.sanitized() as log, pytest.raises(ContractError, match=words):
+            entry.run(bad)
 
-    with pytest.raises(ContractError, match=words):
-        run_pair(pair, replace(inputs, **change(inputs)))  # type: ignore[arg-type]
+        # A pair's prepare counts, moves and quantises rows of x before `apply` is given the weights.
+        assert {launch.kernel for launch in log.launches} <= {"_quantise", "_largest", "_count", "_place", "_move"}, entry.name
+
+
+def _entries(scheme: str, layout: str) -> list[Candidate]:
+    """Everything that takes this scheme in this layout: the eager stages, the Triton layer, the Triton pair."""
+    every = [as_candidate(c) for c in (*candidates(), *quant_candidates()) if isinstance(c, (Candidate, Pair))]
+    able = [c for c in every if "out" in c.shows and c.supports(_case(scheme, layout).problem) is None]
+    assert len(able) >= 2
+    return able

@@ -299,8 +299,8 @@ FAULTS = (
     Fault(
         "quantise.ties_away",
         "encode.cuh",
-        "(magnitude + (1u << (DROP - 1)) - 1 + (magnitude >> DROP & 1)) >> DROP",
-        "(magnitude + (1u << (DROP - 1))) >> DROP",
+        "magnitude + __uint_as_float(steps)",
+        "magnitude * 1.0000001f + __uint_as_float(steps)",
         f"{QUANT},scheme=mxfp4_w4a4",
         "P13",
         "cuda-quant-triton-gemm",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pipeline
@@ -11,7 +14,6 @@ import torch
 from moeproof.harness.cases.case import parse_case
 from moeproof.harness.cases.inputs import make_inputs
 from moeproof.harness.judging.judge import judge
-from moeproof.harness.judging.memory import dirty
 from moeproof.harness.judging.trial import home
 from moeproof.harness.registry import load_candidates
 from moeproof.harness.verdict import Outcome
@@ -57,7 +59,7 @@ def test_quantised_arguments_arrive_as_strided_views_too() -> None:
     line = "T=17,H=64,I=64,E=5,K=2,scheme=int4_w4a16_zp_g32,values=groups,seed=5"
     for argument in ("w1_scale", "w2_scale", "w1_zp", "w2_zp"):
         verdict = judge(_ignoring_strides(argument), parse_case(f"{line},strided=1"), "cpu")
-        assert verdict.outcome is Outcome.FAIL, argument
+        assert verdict.outcome in (Outcome.FAIL, Outcome.ERROR), argument  # what lies between the scales may be refused as one
 
 
 def _reads_before_the_start(i: Inputs) -> Tensor:
@@ -81,14 +83,26 @@ def test_what_lies_before_a_tensor_is_poison() -> None:
     assert everything.outcome is Outcome.PASS, everything
 
 
-def test_freed_memory_is_dirty_before_a_call() -> None:
-    """What a kernel allocates behind torch's back comes from the allocator's free lists: they hold 0xFF, not zeros."""
-    size, found = 1 << 13, 0
-    for _ in range(20):
-        dirty(torch.device("cpu"))
-        found += bytes(torch.UntypedStorage(size))[64:128] == b"\xff" * 64
+FREE_LISTS = """
+import torch
+from moeproof.harness.judging.memory import dirty
+found = 0
+for _ in range(20):
+    dirty(torch.device("cpu"))
+    found += bytes(torch.UntypedStorage(1 << 13))[64:128] == bytes([255]) * 64
+print(found)
+"""
 
-    assert found > 10
+
+def test_freed_memory_is_dirty_before_a_call() -> None:
+    """What a kernel allocates behind torch's back comes from the allocator's free lists: they hold 0xFF, not zeros.
+
+    In a process of its own: which block a full heap hands out is the allocator's business.
+    """
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, "-c", FREE_LISTS], capture_output=True, text=True, env=environment, check=True)
+
+    assert int(done.stdout) > 10
 
 
 def test_a_claim_of_batch_invariance_is_held_to_its_bits() -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 import torch
 
 from moeproof.harness.judging.misround import allowance, chance, misrounded
-from moeproof.reference.contract.schemes import FORMATS
+from moeproof.reference.contract import FORMATS, Claims, Format
+from moeproof.reference.oracle import typical
+from moeproof.reference.oracle.products import Operand, product
 from moeproof.reference.oracle.rounding import round_to, ulp
-from moeproof.reference.oracle.value import stored
+from moeproof.reference.oracle.value import Value, stored
 
 BF16, FP16 = FORMATS["bf16"], FORMATS["fp16"]
 
@@ -69,3 +74,53 @@ def test_ties_may_go_either_way() -> None:
 
 def test_the_allowance_is_six_sigma() -> None:
     assert allowance(torch.tensor([0.0, 100.0])).tolist() == [6.0, 166.0]
+
+
+def _product(claim: str, columns: int, fmt: Format) -> tuple[torch.Tensor, Value]:
+    """(what float32 products of this claim give before they are stored, what the judge makes of them)."""
+    g = torch.Generator().manual_seed(5)
+    operand = FORMATS["e4m3fn"] if claim.startswith("fp8") else fmt
+    x, w = (round_to(torch.randn(n, columns, dtype=torch.float64, generator=g), operand) for n in (96, 192))
+    a, b = Operand(x, operand), Operand(w, operand)
+    value, error = product(a, b, fmt, Claims(accumulate=claim))
+    want = replace(stored(value, error, fmt), typical=lambda: typical.product(a, b, fmt, Claims(accumulate=claim)))
+    return (x.float() @ w.float().T).double(), want
+
+
+def _toward_zero(value: torch.Tensor, fmt: Format) -> torch.Tensor:
+    return torch.trunc(value / ulp(value, fmt)) * ulp(value, fmt)
+
+
+def _without_last_bit(value: torch.Tensor, fmt: Format) -> torch.Tensor:
+    return round_to(value, replace(fmt, bits=fmt.bits - 1))
+
+
+def _rounded_twice(value: torch.Tensor, fmt: Format) -> torch.Tensor:
+    """With two bits more first: what lies beside a half-way point is put on it, and then goes to even."""
+    return round_to(round_to(value, replace(fmt, bits=fmt.bits + 2)), fmt)
+
+
+@pytest.mark.parametrize(
+    ("claim", "columns", "fmt", "store"),
+    [
+        ("fp32", 2048, FP16, _toward_zero),
+        ("fp32", 2048, FP16, _without_last_bit),
+        ("fp32", 2048, FP16, _rounded_twice),
+        ("fp8_promoted", 512, BF16, _toward_zero),
+        ("fp8_promoted", 512, BF16, _without_last_bit),
+    ],
+)
+def test_wrong_stores_that_no_bound_sees_are_counted(
+    claim: str, columns: int, fmt: Format, store: Callable[[torch.Tensor, Format], torch.Tensor]
+) -> None:
+    """A bound of several ulps hides how results are stored; the size that errors have as a rule does not."""
+    got, want = _product(claim, columns, fmt)
+    assert want.bound is not None and misrounded("y", round_to(got, fmt), want, fmt) == []
+    wrong = store(got, fmt)
+    # The bound reaches one ulp for the most part: a step more than correct rounding is within it.
+    kept = torch.where((wrong - want.value).abs() <= want.bound, wrong, round_to(got, fmt))
+
+    assert float((kept == wrong).double().mean()) > 0.9
+    (found,) = misrounded("y", kept, want, fmt)
+    assert "are not the exact result's own rounding" in found.message
+    assert misrounded("y", kept, replace(want, typical=None), fmt) == [], "the bound expects as many"

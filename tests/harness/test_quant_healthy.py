@@ -74,6 +74,8 @@ def test_every_quantised_seed_draws_a_case_that_reads_back() -> None:
     assert all(parse_case(str(case)) == case for case in drawn)
     assert {c.problem.scheme for c in drawn} == set(QUANTISED)
     assert {c.values for c in drawn} == {"normal", "hetero", "groups", "edges", "ties", "pin", "int"}
+    assert {c.relation for c in drawn} == {"none", "permute", "duplicate", "split", "relabel", "flip", "double"}
+    assert 0.4 < sum(c.relation == "none" for c in drawn) / len(drawn) < 0.7
 
 
 def test_inputs_of_a_rank_are_those_of_a_single_rank() -> None:

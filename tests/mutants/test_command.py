@@ -35,7 +35,7 @@ def test_one_class_as_json_and_as_a_page(
     assert (lines[-1]["planted"], lines[-1]["caught"], lines[-1]["right_stage"], lines[-1]["twins_alarmed"]) == (2, 2, 2, 0)
     assert lines[0]["id"] == "P67" and lines[0]["finding"].startswith("COMBINE out")
     shrunk = {line["shrunk"]: line for line in lines if "shrunk" in line}
-    assert shrunk["P67"]["tokens"] == 1 and shrunk["P15"]["scheme"] == "fp8_tensor"
+    assert shrunk["P67"]["tokens"] == 1 and shrunk["P15"]["scheme"] == "fp8_block"
     page = (tmp_path / "faults.md").read_text(encoding="utf-8")
     assert "| P67 unpermute.weight_slot_mismatch |" in page
     written = json.loads((tmp_path / "results" / "faults-cpu.json").read_text(encoding="utf-8"))

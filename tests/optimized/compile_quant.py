@@ -38,7 +38,7 @@ def quantisers(scheme: QuantScheme) -> None:
     ):
         if q is not None:
             x = torch.empty(512, columns if act is None else act.width_in(columns), dtype=torch.bfloat16)
-            quantise(x, q, BF16, torch.empty(1, 1) if q.static else None, act=act)
+            quantise(x, q, BF16, torch.ones(1, 1) if q.static else None, act=act)
 
 
 def turned(codes: torch.Tensor) -> torch.Tensor:

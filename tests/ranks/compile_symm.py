@@ -39,7 +39,8 @@ def main(rank: int) -> None:
     for case, (payload, grid, most) in SIZES.items():
         Driver.case = case
         link: Any = SimpleNamespace(rank=rank, size=grid.ranks, device=torch.device("cpu"), group=None)
-        made = exchange.Exchange(link, Layout(grid, payload, most), {})
+        for programs in (None, 33):
+            made = exchange.Exchange(link, Layout(grid, payload, most), {}, programs=programs)
         check_room(made, torch.empty(grid.experts, dtype=torch.int32), 8)
     wide: dict[str, int] = {}
     for kernel in (exchange._dispatch, exchange._put_sums, exchange._add_up):

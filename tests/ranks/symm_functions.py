@@ -132,6 +132,21 @@ def silent(context: RankContext, name: str, line: str, patience: float) -> tuple
     return [text for text, _ in answers], [out for _, out in answers]
 
 
+def anywhere(context: RankContext, name: str, line: str) -> list[bool]:
+    """Hidden states that begin at an odd element, lie far apart, or have another order of columns: the bits of plain ones."""
+    kernel, plain = kernel_of(context, name, line), made(context, line)
+    x = plain.hidden_states
+    flat, wide = x.new_empty(x.numel() + 1), x.new_empty(x.size(0), 2 * x.size(1) + 1)
+    views = [flat[1:].view(x.shape), wide[:, 1 : 1 + x.size(1)], wide[:, 1::2], x.new_empty(x.size(1), x.size(0)).t()]
+    want = attempt(kernel, plain)[1]
+    same = []
+    for view in views:
+        view.copy_(x)
+        got = attempt(kernel, plain.map({"hidden_states": view}))[1]
+        same.append(want is not None and got is not None and torch.equal(got, want))
+    return same
+
+
 def gaps_are_clear(context: RankContext, name: str, lines: Sequence[str]) -> bool:
     """Whether what lies between the fields of this rank's arena is as it was."""
     kernel = kernel_of(context, name, lines[0])

@@ -40,7 +40,10 @@ def after(change: Callable[[Any, Tensor, Tensor], Tensor], **claims: str) -> Ran
 
 
 @every_pair
-@pytest.mark.parametrize("extra", ["history=interleave,spread=uneven", "history=graph", "relation=ranks", "relation=double"])
+@pytest.mark.parametrize(
+    "extra",
+    ["history=interleave,spread=uneven,expert_bias=1", "history=graph,expert_bias=1", "relation=ranks", "relation=double"],
+)
 def test_healthy_pairs_pass(name: str, extra: str) -> None:
     verdict = judged(PAIRS[name], line_for(name, RANKS, "values=normal,routing=minus1", extra, sizes="T=16,H=32,I=16,E=5,K=2"))
 

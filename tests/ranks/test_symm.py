@@ -115,6 +115,12 @@ def test_two_micro_batches_give_the_bits_of_one_call(pools: dict[int, RankPool],
         assert all(torch.equal(a["out"], b["out"]) for a, b in zip(plain, halves, strict=True))
 
 
+def test_rows_may_lie_anywhere(pools: dict[int, RankPool]) -> None:
+    run = pools[2].run(functions.anywhere, NAMES[0], line_for(NAMES[0], 2, "values=normal"))
+
+    assert run.ok and run.results == ([True] * 4,) * 2, run
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_is_written_between_the_fields(pools: dict[int, RankPool], name: str) -> None:
     lines = [line_for(known(name), 2, "H=13,routing=dup"), line_for(known(name), 2, "H=13,routing=minus1,seed=6")]

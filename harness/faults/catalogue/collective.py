@@ -15,7 +15,7 @@ from moeproof.reference.contract.stages import Stage
 Tensor = torch.Tensor
 HANGS = (Stage.DISPATCH, Stage.COMBINE)
 LEAST = 13
-"""Tokens of which the uneven split (5 : 2 : 1) first gives one rank more than a chunk of 8."""
+WHY_LEAST = f"{LEAST} tokens are the first of which the uneven split (5 : 2 : 1) gives a rank more than a chunk of {CHUNK}"
 
 
 def _idle_skips(late: bool) -> Any:
@@ -61,6 +61,7 @@ FAULTS = (
         {"": {"algorithm": lambda right, _, sizes, rank: "dispatch" if sizes[rank] > CHUNK else "gather"}},
         ground="ranks",
         least=LEAST,
+        note=WHY_LEAST,
     ),
     Fault(
         "P80",
@@ -71,6 +72,7 @@ FAULTS = (
         {"": {"rounds": lambda right, _, sizes, rank: rounds_of(sizes[rank])}},
         ground="ranks",
         least=LEAST,
+        note=WHY_LEAST,
     ),
     Fault(
         "P81",

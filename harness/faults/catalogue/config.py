@@ -57,7 +57,9 @@ FAULTS = (
         "more blocks than one launch holds",
         (Stage.GEMM1,),
         {"": {"owners": _truncated}},
-        note=f"scaled down: the imagined device launches {LAUNCH_LIMIT} blocks at once",
+        note=f"scaled down: the imagined device launches {LAUNCH_LIMIT} blocks at once. As experts shrink before tokens, 34 of "
+        "them are left, and 15 tokens of 6 slots are what reaches 33 of 34",
+        least=15,
     ),
     Fault(
         "P99",

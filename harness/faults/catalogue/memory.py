@@ -55,7 +55,7 @@ FAULTS = (
         "T = chunk + small",
         (Stage.COMBINE,),
         {"": {"chunk": _first_chunk_shape}},
-        note="planted in the reduction, which works in chunks of 16 tokens",
+        note="planted in the reduction, which works in chunks of 16 tokens: 17 are the first with a tail",
         least=17,
     ),
     Fault(
