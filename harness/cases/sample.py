@@ -37,7 +37,6 @@ ACTIVATIONS = (
     "relu2_no_mul",
     "relu_no_mul",
 )
-PLAIN_VALUES = ("normal", "hetero", "int", "sat")
 """Recipes that need no quantised scheme; quant_sample draws the others."""
 ROUTERS = (
     "softmax",

@@ -1,4 +1,4 @@
-"""Tiles and strips that the fused fp8 layer may use: what ci/fp8_probe.py times, and `moeproof tune` searches.
+"""Tiles and strips that the fused fp8 layer may use: what ci/quant_probe.py times, and `moeproof tune` searches.
 
 All of it compiles for sm_90 without spilling (ci/kernel_resources.py). Two sums take twice the registers of one, so the large
 tiles exist only where the tensor core keeps the sum (`fast`).
