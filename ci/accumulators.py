@@ -44,10 +44,9 @@ CLAIMED = {
     "torch scaled, slow": "fp8_promoted",
     "torch scaled, fast, stored": "fp8_unpromoted",
     "torch scaled grouped, fast, stored": "fp8_unpromoted",
-    "torch scaled grouped, slow, stored": "fp8_unpromoted",
+    "torch scaled grouped, slow, stored": "fp8_promoted",
 }
-"""What a kernel with this product claims (Claims.accumulate); all others claim fp32. torch's scaled grouped product is held
-to the wider class: without fast accumulation too it was seen to pass what promotion every 128 terms allows."""
+"""What a kernel with this product claims (Claims.accumulate); all others claim fp32."""
 
 
 @triton.jit
