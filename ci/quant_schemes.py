@@ -102,12 +102,15 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=200, help="begin nothing more after this")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--mode", default="auto", choices=modes.MODES)
+    parser.add_argument("--again", action="store_true", help="judge rows that hold a failure from their first seed on")
     parser.add_argument("--schemes", nargs="+", default=list(QUANTISED), choices=QUANTISED)
     options = parser.parse_args()
     begun, until = time.monotonic(), time.time() + options.seconds
     compiled = torch.cuda.is_available() and not modes.interpreting()
     mode = options.mode if options.mode != "auto" else "device" if compiled else "interpret"
     done = read(options.output)
+    if options.again:
+        done["rows"] = {key: row for key, row in done["rows"].items() if not row.failures}
     for scheme in options.schemes:
         for layout in LAYOUTS:
             done["rows"].setdefault((scheme, layout), Row(scheme, layout))

@@ -32,7 +32,7 @@ PROBE = 4
 """Every so manyth case is the exact probe."""
 ACTIVATIONS = ("silu", "silu", "silu", "swigluoai", "relu2_no_mul")
 VALUES = ("groups", "groups", "edges", "ties", "hetero", "normal")
-ATTEMPTS = 4
+ATTEMPTS = 16
 """Draws of a seed, until one is not VACUOUS: groups of columns that differ by 9 binades may leave a last tile too little."""
 KEPT = 8
 """Failures of a row that are written out; all are counted."""
