@@ -47,6 +47,7 @@ ALONE = {
 INTERPRETED = ("triton-fp8-fused", "triton-fp8-fast", "triton-mxfp4")
 """Those of them that need no GPU."""
 CANDIDATES = (*PRIMARY["standard"], *PRIMARY["batched"], *ALONE)
+PRODUCTS = ("gate_up", "y")
 PROBE = 4
 """Every so manyth case is the exact probe."""
 ACTIVATIONS = ("silu", "silu", "silu", "swigluoai", "relu2_no_mul")
@@ -163,6 +164,8 @@ class Row:
     seconds: float = 0.0
     failures: list[str] = field(default_factory=list)
     alone: str = ""
+    sums: dict[str, float] = field(default_factory=dict)
+    """As `worst`, of products in fp32 problems: no rounding of the output, half an ulp of which is allowed and common."""
 
     @property
     def key(self) -> Key:
@@ -185,6 +188,8 @@ class Row:
             counts[key] = counts.get(key, 0) + 1
         for name, ratio in verdict.worst.items():
             self.worst[name] = max(self.worst.get(name, 0.0), round(ratio, 4))
+            if name in PRODUCTS and verdict.case.problem.dtype == "fp32":
+                self.sums[name] = max(self.sums.get(name, 0.0), round(ratio, 4))
         if verdict.outcome is not Outcome.PASS and len(self.failures) < KEPT:
             what = str(verdict.findings[0]) if verdict.findings else verdict.reason
             replay = f'moeproof replay "{verdict.case}" --candidate {verdict.candidate}'
@@ -204,16 +209,16 @@ class Row:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for name in ("outcomes", "candidates"):
             setattr(self, name, dict(Counter(getattr(self, name)) + Counter(getattr(other, name))))
-        for name, ratio in other.worst.items():
-            self.worst[name] = max(self.worst.get(name, 0.0), ratio)
+        for mine, others in ((self.worst, other.worst), (self.sums, other.sums)):
+            for name, ratio in others.items():
+                mine[name] = max(mine.get(name, 0.0), ratio)
         self.seconds = round(self.seconds + other.seconds, 2)
         self.failures = (self.failures + other.failures)[:KEPT]
 
     def record(self) -> dict[str, Any]:
         """For a results file; `Row(**record)` without `cases` is the row again."""
-        known = {"scheme": self.scheme, "layout": self.layout} | ({"alone": self.alone} if self.alone else {})
-        rest = {name: value for name, value in vars(self).items() if name not in (*known, "alone")}
-        return known | {"cases": self.cases} | rest
+        known = {"scheme": self.scheme, "layout": self.layout, "alone": self.alone, "cases": self.cases}
+        return known | {name: value for name, value in vars(self).items() if name not in known}
 
 
 def judge_piece(key: Key, seeds: Sequence[int], mode: str, until: float, candidates: dict[str, Candidate]) -> Row:

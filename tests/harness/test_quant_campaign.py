@@ -47,11 +47,12 @@ def candidates() -> dict[str, Candidate]:
 def test_pieces_add_up_in_any_order() -> None:
     row = Row("mxfp8", "batched")
     for first, end in ((8, 12), (0, 4), (12, 16)):
-        row.add(Row("mxfp8", "batched", [[first, end]], verdicts=end - first, worst={"y": end / 100}))
+        ratios = {"y": end / 100}
+        row.add(Row("mxfp8", "batched", [[first, end]], verdicts=end - first, worst=ratios, sums=ratios))
 
     assert row.done == [[0, 4], [8, 16]] and row.cases == row.verdicts == 12
     assert row.missing(20) == [*range(4, 8), *range(16, 20)]
-    assert row.worst == {"y": 0.16}
+    assert row.worst == row.sums == {"y": 0.16}
 
 
 def test_a_results_file_is_continued_where_it_ends(campaign: ModuleType, tmp_path: Path) -> None:
@@ -68,7 +69,7 @@ def test_a_results_file_is_continued_where_it_ends(campaign: ModuleType, tmp_pat
 
 
 def test_the_committed_rows_are_continued(campaign: ModuleType) -> None:
-    """A row by turns has no word `alone` in the file: those written before there were others mean what they meant."""
+    """Rows by turns that were written before others were alone mean what they meant."""
     known = campaign.read(CI.parent / "docs" / "results" / "quant-campaign-interpreted.json")["rows"]
 
     assert {(scheme, layout, "") for scheme in QUANTISED for layout in LAYOUTS} <= set(known) <= set(rows("interpret"))
@@ -136,3 +137,4 @@ def test_healthy_candidates_pass_a_piece(key: Key, candidates: dict[str, Candida
 
     assert row.outcomes == {"PASS": 4} and row.probes == 1 and row.cases == 4, row.failures
     assert row.checked > 2000 and max(row.worst.values()) <= 1
+    assert all(0 < ratio <= row.worst[name] for name, ratio in row.sums.items())
