@@ -108,6 +108,8 @@ OTHERWISE: Axes = {
     "ranks": ("1", "2 even"),
 }
 """What else may stand for it: between them they go with every value of every other axis that anything goes with."""
+ROWS, WEIGHTS = 20_000, 18_000_000
+"""Most rows of a batched buffer and most weights of a case: a second or two for a laptop."""
 _activation, _router = functools.cache(Activation.parse), functools.cache(Router.parse)
 
 
@@ -129,6 +131,10 @@ def build(row: Row, seed: int = 0) -> Case:
         **share,  # type: ignore[arg-type]
         **EXTRAS[str(row["extra"])],  # type: ignore[arg-type]
     )
+    rows = len(problem.local) * problem.rows_per_expert if problem.layout == "batched" else 0
+    check(rows <= ROWS, f"a batched buffer of {rows} rows: at most {ROWS} here")
+    weights = problem.E * (problem.N + problem.I) * problem.H
+    check(weights <= WEIGHTS, f"{weights} weights: at most {WEIGHTS} here")
     recipes = {name: str(row[name]) for name in ("values", "routing", "logits", "relation", "history")}
     return Case(problem, **recipes, strided=row["memory"] == "strided", seed=seed, **world)  # type: ignore[arg-type]
 
