@@ -272,8 +272,8 @@ FAULTS = (
     Fault(
         "quantise.group_tail",
         "quantise.cu",
-        "const int last = min(first + a.group, a.C), start",
-        "const int last = first + a.group, start",
+        "last = min(first + a.group, a.C), start",
+        "last = first + a.group, start",
         f"{QUANT},scheme=fp8_block",
         "P38",
         "cuda-quant-triton-gemm",
@@ -299,8 +299,8 @@ FAULTS = (
     Fault(
         "quantise.ties_away",
         "encode.cuh",
-        "magnitude + __uint_as_float(steps)",
-        "magnitude * 1.0000001f + __uint_as_float(steps)",
+        "const unsigned magnitude = x & 0x7fff7fffu;",
+        "const unsigned magnitude = (x & 0x7fff7fffu) + 0x00010001u;",
         f"{QUANT},scheme=mxfp4_w4a4",
         "P13",
         "cuda-quant-triton-gemm",
@@ -308,8 +308,8 @@ FAULTS = (
     Fault(
         "quantise.reciprocal",
         "quantise.cu",
-        "ratio[j] = scale.divisor.divides(own[0].first.get(j));",
-        "ratio[j] = __fmul_rn(own[0].first.get(j), scale.divisor.reciprocal);",
+        "ratio[j] = scale.divisor.divides(x.get(j));",
+        "ratio[j] = __fmul_rn(x.get(j), scale.divisor.reciprocal);",
         "T=65,H=1152,I=48,E=5,K=1,scheme=fp8_token",
         "P13",
         "cuda-quant-triton-gemm",
