@@ -33,8 +33,8 @@ from moeproof.harness.registry import load_candidates
 from moeproof.harness.reports import results
 from moeproof.reference.contract import Candidate
 
-PIECE = {"interpret": 8, "device": 25}
-"""Seeds of one task: few seconds of work. On a GPU half of those that share compiled kernels."""
+PIECE = {"interpret": 8, "device": 125}
+"""Seeds of one task: on a GPU those that share compiled kernels, which cost more than all else."""
 LOSSES = 8
 """GPU faults after which a run ends."""
 WRITE = 20.0
@@ -101,6 +101,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=200, help="begin nothing more after this")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--mode", default="auto", choices=modes.MODES)
+    parser.add_argument("--again", action="store_true", help="judge rows that hold a failure from their first seed on")
     parser.add_argument("--schemes", nargs="+", default=list(QUANTISED), choices=QUANTISED)
     parser.add_argument("--alone", nargs="*", default=list(ALONE), choices=ALONE, help="candidates with rows of their own")
     options = parser.parse_args()
@@ -108,6 +109,8 @@ def main() -> int:
     compiled = torch.cuda.is_available() and not modes.interpreting()
     mode = options.mode if options.mode != "auto" else "device" if compiled else "interpret"
     done = read(options.output)
+    if options.again:
+        done["rows"] = {key: row for key, row in done["rows"].items() if not row.failures}
     keys = [key for key in rows(mode) if key[0] in options.schemes and key[2] in ("", *options.alone)]
     for key in keys:
         scheme, layout, alone = key

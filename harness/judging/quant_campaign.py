@@ -75,7 +75,9 @@ class Sizes:
 # interpreter a program costs milliseconds, so cases are small; on a GPU a kernel costs seconds to compile, so they share it.
 SIZES = {
     "interpret": Sizes(((168, 40), (40, 168), (200, 72), (72, 264)), (1, 2, 3, 5, 7, 9, 17), (3, 4), 4),
-    "device": Sizes(((128, 168), (200, 64), (384, 256), (168, 40), (296, 392)), (1, 3, 7, 17, 33, 64, 130, 257), (3, 4, 7), 50),
+    "device": Sizes(
+        ((128, 168), (200, 64), (384, 256), (168, 40), (296, 392)), (1, 3, 7, 17, 33, 64, 130, 257), (3, 4, 7), 125
+    ),
 }
 
 

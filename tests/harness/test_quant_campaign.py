@@ -101,7 +101,12 @@ def test_every_optimized_candidate_of_a_quantised_scheme_has_its_rows(monkeypatc
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(toolkit, "architecture", lambda _: "sm90")
     monkeypatch.setattr(toolkit, "missing", lambda _: None)
-    problems = [draw(s, layout, 50 * n, "device").problem for s in QUANTISED for layout in LAYOUTS for n in range(100)]
+    problems = [
+        draw(s, layout, SIZES["device"].share * n, "device").problem
+        for s in QUANTISED
+        for layout in LAYOUTS
+        for n in range(100)
+    ]
     found: set[Key] = set()
     for candidate in find_candidates():
         if candidate.name.startswith("eager"):
