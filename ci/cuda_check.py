@@ -206,7 +206,7 @@ class Check:
         counts = Counter(v["outcome"] for v in verdicts)
         return {
             "cases": len(lines),
-            "lost": len(lost),
+            "cases_lost": len(lost),
             **dict(sorted(counts.items())),
             "seams": seams(verdicts),
             "each": verdicts + lost,
