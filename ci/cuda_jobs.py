@@ -26,8 +26,10 @@ from moeproof.harness.verdict import Outcome, Verdict
 from moeproof.optimized.cuda import stages, toolkit
 from moeproof.optimized.cuda.build import build_all
 from moeproof.optimized.cuda.candidates import candidate, candidates, quant_candidate
+from moeproof.optimized.cuda.quantise import quantise as cuda_quantise
+from moeproof.optimized.quant.quantise import quantise as triton_quantise
 from moeproof.optimized.slots import Slots
-from moeproof.reference.contract import Candidate
+from moeproof.reference.contract import FORMATS, SCHEMES, Activation, Candidate
 
 Row = dict[str, object]
 TRITON = "all-triton"
@@ -77,6 +79,31 @@ def routed(line: str) -> Row:
             found.append((ids, a.sorted_slots, a.block_expert, a.num_padded, a.counts))
     same = all(torch.equal(x, y) for other in found[1:] for x, y in zip(found[0], other, strict=True))
     return {"routed": line, "agrees": same}
+
+
+COMPARED = ("fp8_token", "fp8_block", "int8_token", "mxfp8", "mxfp8_up", "mxfp4_w4a4", "mxfp4_w4a4_up", "mxfp6_e3m2")
+"""Schemes whose activations either backend quantises."""
+
+
+def quantised(scheme: str) -> Row:
+    """Either backend's codes and scales of batches that take the kernels of many rows and of few: bit for bit."""
+    q = SCHEMES[scheme].a1
+    assert q is not None
+    g = torch.Generator("cuda").manual_seed(1)
+    same = True
+    for rows, columns, act in ((16384, 2048, None), (3000, 7168, None), (20000, 1536, Activation()), (700, 1536, Activation())):
+        x = (
+            torch.randn(rows, columns, generator=g, device="cuda")
+            * torch.exp2(torch.arange(rows, device="cuda") % 40 - 20.0)[:, None]
+        )
+        x, ids = x.to(torch.bfloat16), torch.randint(-1, 4, (rows // 4, 4), generator=g, device="cuda")
+        live = slice(None) if act is None else ids.flatten() >= 0
+        h = None if act is None else torch.zeros(rows, columns // 2, dtype=x.dtype, device="cuda")
+        ours = cuda_quantise(x, q, FORMATS["bf16"], act=act, slots=Slots(ids, 4, 4) if act else None, h_RI=h)
+        # The twin is given our activations: its own may differ in their last bit.
+        twin = triton_quantise(x if h is None else h, q, FORMATS["bf16"])
+        same &= all(torch.equal(a.view(torch.uint8)[live], b.view(torch.uint8)[live]) for a, b in zip(ours, twin, strict=True))
+    return {"quantised": scheme, "agrees": same}
 
 
 def history(name: str) -> Row:
