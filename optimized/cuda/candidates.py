@@ -43,6 +43,8 @@ QUANT_MIXES: dict[str, tuple[str, ...]] = {
 SHOWS = ("topk_ids", "topk_weights", "sorted_slots", "block_expert", "num_padded", "gate_up", "h", "y", "out")
 QUANT_SHOWS = ("xq", "xs", "sorted_slots", "block_expert", "num_padded", "gate_up", "h", "hq", "hs", "y", "out")
 CLAIMS = Claims(ties="lowest", deterministic="run", total_router=True)
+QUANT_CLAIMS = Claims(accumulate="fp8_promoted")
+"""torch's product of fp8 codes and Triton's both move their sums to float32 every 128 terms."""
 
 
 def unsupported(problem: Problem, cuda: tuple[str, ...]) -> str | None:
@@ -108,12 +110,7 @@ def quant_candidate(name: str, cuda: tuple[str, ...]) -> Candidate:
     chosen = quant_stages.mix(cuda)
     supports: Callable[[Problem], str | None] = lambda problem: quant_unsupported(problem, cuda)  # noqa: E731
     run: Callable[[Inputs], dict[str, torch.Tensor]] = lambda inputs: quant_stages.run(inputs, chosen)  # noqa: E731
-    return Candidate(name=name, run=run, shows=QUANT_SHOWS, supports=supports, claims=_quant_claims(cuda), backend="cuda")
-
-
-def _quant_claims(cuda: tuple[str, ...]) -> Claims:
-    # torch's product of fp8 codes leaves its sums in the tensor core; Triton's moves them to float32 every 128 terms.
-    return Claims(accumulate="fp8_unpromoted" if "gemm1" in cuda or "gemm2" in cuda else "fp8_promoted")
+    return Candidate(name=name, run=run, shows=QUANT_SHOWS, supports=supports, claims=QUANT_CLAIMS, backend="cuda")
 
 
 def _taps(experts: FusedMoEPermuteExpertsUnpermute) -> dict[str, torch.Tensor]:
@@ -140,7 +137,7 @@ def pairs() -> list[Pair]:
                 inputs.problem.quant, quant_stages.CUDA, inputs.b1, inputs.b2, inputs.problem.act, keep_h=True
             ),
             supports=lambda problem: _no_room(problem) or quant_unsupported(problem, quant_stages.NAMES),
-            claims=_quant_claims(quant_stages.NAMES),
+            claims=QUANT_CLAIMS,
             backend="cuda",
             taps=_taps,
         ),

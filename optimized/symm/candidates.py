@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from moeproof.optimized.experts import TritonBatchedExperts, TritonExperts
 from moeproof.optimized.quant import candidates as quant
@@ -77,9 +78,10 @@ def _quantised(fp8: bool) -> Callable[[World], str | None]:
 def rank_pairs() -> list[RankPair]:
     """Both layouts, unquantised and for each set of quantised products; two micro-batches at once."""
     layouts = (("standard", _standard, _experts, quant.experts), ("batched", _batched, _batched_experts, quant.batched_experts))
+    how: dict[str, Any] = {"transports": ("symm",), "capturable": True}
     pairs = []
     for layout, front, experts, quant_experts in layouts:
-        pairs.append(RankPair(f"symm-{layout}", front, experts, layout, _plain, Claims(), "triton", transports=("symm",)))
+        pairs.append(RankPair(f"symm-{layout}", front, experts, layout, _plain, Claims(), "triton", **how))
         for name, fp8 in (("fp8", True), ("quant", False)):
             pairs.append(
                 RankPair(
@@ -91,7 +93,7 @@ def rank_pairs() -> list[RankPair]:
                     quant.CLAIMS[fp8],
                     "triton",
                     taps=quant.taps,
-                    transports=("symm",),
+                    **how,
                 )
             )
     plain = pairs[0]

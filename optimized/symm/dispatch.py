@@ -33,10 +33,10 @@ def _put_row(arenas, source, offset, at, words, going, WORD: tl.constexpr, RANKS
 
 @triton.jit(do_not_specialize=("me", "T", "refused", "limit", "dry"))
 def _dispatch(
-    arenas, own, state, notice, group_of, local_experts, going_T, tally,
+    arenas, own, state, notice, group_of, local_experts, going_T, tally, counts,
     at_signals, at_notices, at_tokens, at_counts, at_ids, at_weights, at_scales, at_rows,
     most, K, E, LOCAL, row_words, scale_words, me,
-    rows, scales, ids, weights, counts, stride_row, stride_scale, stride_id, stride_idk, stride_w, stride_wk,
+    rows, scales, ids, weights, stride_row, stride_scale, stride_id, stride_idk, stride_w, stride_wk,
     T, refused, limit, dry,
     RANKS: tl.constexpr, TP: tl.constexpr, SLOTS: tl.constexpr, EXPERTS: tl.constexpr, WORD: tl.constexpr,
     SCALE_WORD: tl.constexpr, BLOCK: tl.constexpr, SCALE_BLOCK: tl.constexpr, FILL: tl.constexpr, CLOCK: tl.constexpr,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -16,6 +16,7 @@ import triton.language as tl
 
 from moeproof.optimized.symm.combine import _add_up, _put_sums
 from moeproof.optimized.symm.dispatch import _dispatch
+from moeproof.optimized.symm.launch import Launcher
 from moeproof.optimized.symm.layout import NOTICE, TEXT, Layout
 from moeproof.optimized.symm.memory import allocate
 from moeproof.optimized.symm.signals import STATE, Code
@@ -54,7 +55,7 @@ class Received:
     weights: Tensor
     """float32 (R * most, K)."""
     counts: Tensor
-    """int32 (e,): pairs of each local expert."""
+    """int32 (e,): pairs of each local expert. Valid until the next dispatch."""
 
 
 class Exchange:
@@ -88,9 +89,9 @@ class Exchange:
         """Called instead of `withdraw` where a call is refused here: of several exchanges all have to be left, in order."""
         self._lost = ""
         """Why this exchange can serve no further call."""
-        self._there = {name: layout.view(self.own, name) for name in ("rows", "scales", "ids", "weights")}
         self._programs = {kind: programs or n * processors(link.device) for kind, n in PER_SM.items()}
         self._wide = programs is not None
+        self._per_second = LOOKS if interpreted() else 1e6
         self._prepare_launches()
         self._load_kernels()
         # All have cleared their arenas and loaded their kernels: from here on they may meet inside kernels.
@@ -109,32 +110,37 @@ class Exchange:
         tally = torch.zeros(grid.experts, dtype=torch.int32, device=device)
         going = torch.zeros(lay.most, dtype=torch.int64, device=device)
         common = (self.arenas, self.own, self.state, self.notice)
-        self._num_local = len(local[me])
-        self._dispatch_arguments = (
-            *(*common, group_of, padded.to(device), going, tally),
-            *self._at("signals", "notices", "tokens", "counts", "ids", "weights", "scales", "rows"),
-            *(lay.most, p.slots, grid.experts, lay.local, row_words, scale_words, me),
-        )
+        counts = torch.empty(lay.local, dtype=torch.int32, device=device)
+        there = {name: lay.view(self.own, name) for name in ("rows", "scales", "ids", "weights")}
+        there["scales"] = there["scales"] if p.scale_columns else None
+        self.received = Received(counts=counts[: len(local[me])], **there)
         power = triton.next_power_of_2
         meeting = {"RANKS": grid.ranks, "CLOCK": not interpreted()}
-        self._dispatch_options = {
+        self._launch_dispatch = Launcher(
+            _dispatch,
+            (
+                *(*common, group_of, padded.to(device), going, tally, counts),
+                *self._at("signals", "notices", "tokens", "counts", "ids", "weights", "scales", "rows"),
+                *(lay.most, p.slots, grid.experts, lay.local, row_words, scale_words, me),
+            ),
             **meeting,
-            "TP": grid.tp,
-            "SLOTS": power(p.slots),
-            "EXPERTS": power(lay.local),
-            "WORD": row_word,
-            "SCALE_WORD": scale_word,
-            "BLOCK": min(power(row_words), PUT_BLOCK),
-            "SCALE_BLOCK": min(power(max(scale_words, 1)), PUT_BLOCK),
-            "FILL": FILL,
-            "num_warps": 8,
-        }
-        self._sums_arguments = (*common, *self._at("signals", "notices", "tokens", "parts"), lay.most, p.hidden, me)
+            TP=grid.tp,
+            SLOTS=power(p.slots),
+            EXPERTS=power(lay.local),
+            WORD=row_word,
+            SCALE_WORD=scale_word,
+            BLOCK=min(power(row_words), PUT_BLOCK),
+            SCALE_BLOCK=min(power(max(scale_words, 1)), PUT_BLOCK),
+            FILL=FILL,
+            num_warps=8,
+        )
         block, warps = (WIDE_BLOCK, WIDE_WARPS) if self._wide else (SUM_BLOCK, SUM_WARPS)
-        self._sums_options = {**meeting, "K": p.slots, "BLOCK": min(power(p.hidden), block), "num_warps": warps}
+        at_sums = (*common, *self._at("signals", "notices", "tokens", "parts"), lay.most, p.hidden, me)
+        options = {**meeting, "K": p.slots, "BLOCK": min(power(p.hidden), block), "num_warps": warps}
+        self._launch_sums = {w: Launcher(_put_sums, at_sums, **options, WEIGHTED=w) for w in (True, False)}
         block = min(power(p.hidden), SUM_BLOCK)
-        self._add_arguments = (self.own, self.state, going, *self._at("parts"), lay.most, p.hidden)
-        self._add_options = {"RANKS": grid.ranks, "BLOCK": block, "num_warps": 4}
+        at_add = (self.own, self.state, going, *self._at("parts"), lay.most, p.hidden)
+        self._launch_add = Launcher(_add_up, at_add, RANKS=grid.ranks, BLOCK=block, num_warps=4)
         self._add_blocks = -(-p.hidden // block)
 
     def _at(self, *names: str) -> tuple[int, ...]:
@@ -142,7 +148,7 @@ class Exchange:
 
     @property
     def _limit(self) -> int:
-        return int(self.patience * (LOOKS if interpreted() else 1e6))
+        return int(self.patience * self._per_second)
 
     def _nothing(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
         """(rows, scales, ids, weights, y) for a launch that looks at none of them."""
@@ -159,49 +165,40 @@ class Exchange:
     def _load_kernels(self) -> None:
         """A kernel that is loaded while another one spins may have to wait for it: so all are loaded before any spins."""
         rows, scales, ids, weights, y = self._nothing()
-        self._launch_dispatch(rows, scales, ids, weights, 0, refused=False, dry=True)
+        self._put_rows(rows, scales, ids, weights, 0, refused=False, dry=True)
         for places in (None, ids):
             for weighted in (True, False) if self.layout.payload.slots == 1 else (True,):
-                self._launch_sums(y, places, ids, weights, weighted, refused=False, dry=True)
-        self._launch_add(y, dry=True)
+                self._put_sums(y, places, ids, weights, weighted, refused=False, dry=True)
+        self._add_up(y, dry=True)
 
-    def _launch_dispatch(
+    def _put_rows(
         self, rows: Tensor, scales: Tensor | None, ids: Tensor, weights: Tensor, tokens: int, refused: bool, dry: bool = False
-    ) -> Tensor:
+    ) -> None:
         lay = self.layout
-        counts = torch.empty(lay.local, dtype=torch.int32, device=self.link.device)
         work = max(tokens, -(-(lay.most - tokens) * lay.payload.slots // FILL), 1)
-        row_words, scale_words = rows.view(self._row_view), None if scales is None else scales.view(self._scale_view)
-        strides = (row_words.stride(0), 0 if scale_words is None else scale_words.stride(0), *ids.stride(), *weights.stride())
-        _dispatch[(1 if dry else min(work, self._programs["put"]),)](
-            *self._dispatch_arguments, row_words, scale_words, ids, weights, counts, *strides,
-            tokens, int(refused), self._limit, int(dry), **self._dispatch_options,
-        )  # fmt: skip
-        return counts[: self._num_local]
+        rows, scales = rows.view(self._row_view), None if scales is None else scales.view(self._scale_view)
+        self._launch_dispatch(
+            (1 if dry else min(work, self._programs["put"]), 1, 1),
+            *(rows, scales, ids, weights),
+            *(rows.stride(0), 0 if scales is None else scales.stride(0), *ids.stride(), *weights.stride()),
+            *(tokens, int(refused), self._limit, int(dry)),
+        )
 
-    def _launch_sums(
+    def _put_sums(
         self, y: Tensor, places: Tensor | None, ids: Tensor, weights: Tensor, weighted: bool, refused: bool, dry: bool = False
     ) -> None:
         programs = 1 if dry or refused else min(self.layout.rows, self._programs["sum"])
-        _put_sums[(programs,)](
-            *self._sums_arguments, y, places, ids, weights, y.stride(0), int(refused), self._limit, int(dry),
-            WEIGHTED=weighted, **self._sums_options,
-        )  # fmt: skip
+        self._launch_sums[weighted]((programs, 1, 1), y, places, ids, weights, y.stride(0), int(refused), self._limit, int(dry))
 
-    def _launch_add(self, output: Tensor, dry: bool = False) -> None:
-        _add_up[(output.size(0), self._add_blocks)](
-            *self._add_arguments, output, *output.stride(), int(dry), **self._add_options
-        )
+    def _add_up(self, output: Tensor, dry: bool = False) -> None:
+        self._launch_add((output.size(0), self._add_blocks, 1), output, *output.stride(), int(dry))
 
     # Calls.
 
     def nothing_received(self) -> Received:
         """As after a dispatch in which no rank had any token. Nothing of the arena is written: peers may be at work in it."""
-        there = self._there
-        ids = torch.full_like(there["ids"], -1)
-        counts = torch.zeros(self._num_local, dtype=torch.int32, device=self.link.device)
-        scales = there["scales"] if self.layout.payload.scale_columns else None
-        return Received(there["rows"], scales, ids, there["weights"], counts)
+        got = self.received
+        return replace(got, ids=torch.full_like(got.ids, -1), counts=torch.zeros_like(got.counts))
 
     def dispatch(self, rows: Tensor, scales: Tensor | None, ids: Tensor, weights: Tensor) -> Received:
         """Rows (T, columns) and their scales, with ids and weights (T, K), to the ranks of their experts; what came here.
@@ -213,10 +210,9 @@ class Exchange:
             raise self.fail("a dispatch before the combine of the last one")
         if reason := self._heard():
             raise self.fail(reason)
-        counts = self._launch_dispatch(rows, scales, ids, weights, rows.size(0), refused=False)
         self.tokens = rows.size(0)
-        there = self._there
-        return Received(there["rows"], None if scales is None else there["scales"], there["ids"], there["weights"], counts)
+        self._put_rows(rows, scales, ids, weights, self.tokens, refused=False)
+        return self.received
 
     def combine(
         self, output: Tensor, y: Tensor, ids: Tensor, weights: Tensor, weighted: bool, places: Tensor | None = None
@@ -228,9 +224,9 @@ class Exchange:
         """
         self.check_begun()
         tokens, self.tokens = self.tokens, None
-        self._launch_sums(y, places, ids, weights, weighted, refused=False)
+        self._put_sums(y, places, ids, weights, weighted, refused=False)
         if tokens:
-            self._launch_add(output)
+            self._add_up(output)
 
     def check_begun(self) -> None:
         """Refuse a combine without a dispatch before it: no rank waits for that one."""
@@ -238,7 +234,8 @@ class Exchange:
         check(self.tokens is not None, "finalize without a prepare before it")
 
     def _check_usable(self) -> None:
-        check(not self._lost, f"this exchange cannot go on: {self._lost}")
+        if self._lost:
+            raise ContractError(f"this exchange cannot go on: {self._lost}")
 
     # What goes wrong.
 
@@ -258,7 +255,7 @@ class Exchange:
         self.layout.view(self.own, "notices")[self.link.rank].copy_(words)
         if self.tokens is None:
             rows, scales, ids, weights, _ = self._nothing()
-            self._launch_dispatch(rows, scales, ids, weights, 0, refused=True)
+            self._put_rows(rows, scales, ids, weights, 0, refused=True)
 
     def withdraw_sums(self) -> None:
         """Join the second meeting."""
@@ -266,7 +263,7 @@ class Exchange:
             return
         self.tokens = None
         _, _, ids, weights, y = self._nothing()
-        self._launch_sums(y, None, ids, weights, weighted=True, refused=True)
+        self._put_sums(y, None, ids, weights, weighted=True, refused=True)
 
     def refuse(self, reason: str) -> None:
         """This rank alone finds that something is wrong: let the others know before it leaves."""

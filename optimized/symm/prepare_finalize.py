@@ -24,6 +24,8 @@ from moeproof.reference.contract.schemes import SCHEMES, QuantScheme
 
 Tensor = torch.Tensor
 UNQUANTISED = SCHEMES["none"]
+WORD = 4
+"""Bytes of the widest integers that rows are moved as."""
 
 
 class _Symmetric(FusedMoEPrepareAndFinalize):
@@ -55,6 +57,10 @@ class _Symmetric(FusedMoEPrepareAndFinalize):
         """The expert map that has been looked at: reading it would wait for the device."""
         self._accepted: tuple[object, ...] = ()
         """What the arguments of the last prepare looked like."""
+        self._as_they_are = False
+        """Whether its rows needed nothing done to them."""
+        self._returned: tuple[object, ...] = ()
+        """The same of the last finalize."""
         self._local = grid.local(link.rank)
         map_of_grid = grid.expert_map(link.rank)
         self._map = None if map_of_grid is None else map_of_grid.to(link.device)
@@ -82,9 +88,20 @@ class _Symmetric(FusedMoEPrepareAndFinalize):
         expert_map: Tensor | None,
         weight_on_input: bool,
     ) -> Received:
-        """Check, weigh, quantise and put. Whatever is refused here is told to the other ranks before it is raised."""
+        """Check, weigh, quantise and put. Whatever is refused here is told to the other ranks before it is raised.
+
+        What looks like the last call is not checked again: the words of refusals that do not come cost more than a launch.
+        """
+        looks = (
+            *(_looks(a1), _looks(topk_weights), _looks(topk_ids), a1_scale is None, a2_scale is None),
+            *(num_experts, weight_on_input, a1.data_ptr() % WORD),
+        )
+        known = looks == self._accepted and expert_map is self._known_map
+        if known and self._as_they_are:
+            return self.exchange.dispatch(a1, None, topk_ids, topk_weights)
         try:
-            self._check(a1, topk_weights, topk_ids, num_experts, expert_map, weight_on_input)
+            if not known:
+                self._check(a1, topk_weights, topk_ids, num_experts, expert_map, weight_on_input)
             if not self.scheme.quantised:
                 check_unquantised(a1_scale=a1_scale, a2_scale=a2_scale)
             rows, scales = quantised_rows(self.scheme, a1, a1_scale, topk_weights, topk_ids, weight_on_input)
@@ -97,6 +114,7 @@ class _Symmetric(FusedMoEPrepareAndFinalize):
         except Exception as error:  # whatever it is, the others must not wait for this rank
             self.exchange.refuse(str(error).strip() or type(error).__name__)
             raise
+        self._accepted, self._known_map, self._as_they_are = looks, expert_map, rows is a1 and scales is None
         got = self.exchange.dispatch(rows, beside, topk_ids, topk_weights)
         return got if beside is not None else replace(got, scales=scales)
 
@@ -109,13 +127,12 @@ class _Symmetric(FusedMoEPrepareAndFinalize):
         expert_map: Tensor | None,
         weight_on_input: bool,
     ) -> None:
-        """Metadata only, but for the contents of a map that was not there before. The same call twice is looked at once."""
-        p, tokens = self.payload, a1.size(0)
-        looks = (a1.shape, topk_ids.shape, topk_weights.shape, topk_ids.dtype, topk_weights.dtype, num_experts, weight_on_input)
-        if looks == self._accepted and expert_map is self._known_map:
-            return  # the words of refusals that do not come cost as much as a launch
+        """Metadata only, but for the contents of a map that was not there before."""
+        p, tokens, here = self.payload, a1.size(0), self.exchange.own.device
         check(a1.dim() == 2 and a1.size(1) == p.hidden, f"a1 is {tuple(a1.shape)}, must be (tokens, {p.hidden})")
         check(tokens <= self.max_num_tokens, f"{tokens} tokens on this rank, at most {self.max_num_tokens} are allowed")
+        for name, t in (("a1", a1), ("topk_ids", topk_ids), ("topk_weights", topk_weights)):
+            check(t.device == here, f"{name} is on {t.device}, this rank's exchange is on {here}")
         for name, t in (("topk_ids", topk_ids), ("topk_weights", topk_weights)):
             check(tuple(t.shape) == (tokens, p.slots), f"{name} is {tuple(t.shape)}, must be {(tokens, p.slots)}")
         check(topk_ids.dtype in (torch.int32, torch.int64), f"topk_ids is {topk_ids.dtype}, must be torch.int32 or torch.int64")
@@ -134,7 +151,6 @@ class _Symmetric(FusedMoEPrepareAndFinalize):
             whose = f"rank {self.rank} of {self.grid.ranks}"
             got = expert_map.tolist()
             check(got == want, f"expert_map is {got}, the placement gives {whose} {want}; they must be equal")
-        self._known_map, self._accepted = expert_map, looks
 
     def check_output(self, output: Tensor, topk_weights: Tensor) -> None:
         tokens = self.exchange.tokens
@@ -177,21 +193,28 @@ class SymmStandardPrepareFinalize(_Symmetric):
         apply_router_weight_on_input: bool,
     ) -> None:
         """`fused_expert_output` (R * most, K, hidden); ids and weights as prepare returned them."""
-        lay, p = self.exchange.layout, self.payload
+        lay, p, got = self.exchange.layout, self.payload, self.exchange.received
+        weighted = not apply_router_weight_on_input
         self.exchange.check_begun()
+        own = topk_ids is got.ids and topk_weights is got.weights
+        looks = (_looks(output), _looks(fused_expert_output), own, self.exchange.tokens)
+        if looks == self._returned:
+            y = fused_expert_output.view(-1, p.hidden)
+            self.exchange.combine(output, y, topk_ids, topk_weights, weighted)
+            return
         try:
             self.check_output(output, topk_weights)
             want = (lay.rows, p.slots, p.hidden)
-            got = tuple(fused_expert_output.shape)
-            check(got == want, f"fused_expert_output is {got}, must be {want}")
+            shape = tuple(fused_expert_output.shape)
+            check(shape == want, f"fused_expert_output is {shape}, must be {want}")
             check(
                 tuple(topk_ids.shape) == want[:2] and topk_weights.shape == topk_ids.shape,
                 "finalize got ids that the last prepare did not return; they replace the router's",
             )
         except ContractError as error:
             raise self.exchange.fail(str(error)) from None
+        self._returned = looks if own and fused_expert_output.is_contiguous() else ()
         y = fused_expert_output.contiguous().view(-1, p.hidden)
-        weighted = not apply_router_weight_on_input
         self.exchange.combine(output, y, topk_ids.contiguous(), topk_weights.contiguous(), weighted)
 
 
@@ -271,12 +294,17 @@ class SymmBatchedPrepareFinalize(_Symmetric):
         self.exchange.combine(output, y, places, weights, not apply_router_weight_on_input, places)
 
 
+def _looks(t: Tensor) -> tuple[object, ...]:
+    """All of a tensor that a check or a kernel depends on, but for where it begins."""
+    return t.shape, t.stride(), t.dtype, t.device
+
+
 def _travels(rows: Tensor, name: str, columns: int, dtype: torch.dtype) -> Tensor:
     """Rows as the exchange was made for, each of which begins where a word of it does."""
     if rows.shape[1:] != (columns,) or rows.dtype != dtype:
         got = f"{tuple(rows.shape)} {rows.dtype}"
         raise ContractError(f"{name} to send are {got}, this exchange was made for (tokens, {columns}) {dtype}")
-    word = math.gcd(columns * dtype.itemsize, 4)
+    word = math.gcd(columns * dtype.itemsize, WORD)
     if rows.stride(1) == 1 and rows.data_ptr() % word == 0 and rows.stride(0) * dtype.itemsize % word == 0:
         return rows
     return rows.clone(memory_format=torch.contiguous_format)
