@@ -41,15 +41,16 @@ from moeproof.harness.cases.sample import sample
 from moeproof.harness.cases.tiers import cases_of, preset_cases
 from moeproof.harness.judging.pairs import as_candidate
 from moeproof.harness.reports import results
-from moeproof.optimized.cuda import quant_stages, stages, toolkit
+from moeproof.optimized.cuda import batched, quant_stages, stages, toolkit
 from moeproof.optimized.cuda.build import build_all
-from moeproof.optimized.cuda.candidates import MIXES, QUANT_MIXES, candidates
+from moeproof.optimized.cuda.candidates import BATCHED_MIXES, MIXES, QUANT_MIXES, candidates
 
 PARTS = ("build", "timings", "first", "verdicts", "faults", "sanitizer")
 FIRST = (
     "T=9,H=104,I=72,E=4,K=2,seed=2",
     "T=9,H=160,I=96,E=5,K=2,scheme=fp8_block",
     "T=9,H=160,I=96,E=5,K=2,scheme=fp8_token",
+    "T=9,H=104,I=72,E=4,K=2,layout=batched,capacity=18,seed=2",
 )
 """A small case for each candidate, before anything longer."""
 ROUTED = (
@@ -70,6 +71,14 @@ QUANTISED = (
     "scheme=fp8_token,shared=32,act=relu2_no_mul,routing=hot",
     "scheme=mxfp4_w4a4_up,dtype=fp16,act=relu2_no_mul",
 )
+BATCHED = (
+    "capacity=66",
+    "capacity=33,routing=minus1,act=swigluoai",
+    "capacity=66,routing=hot,strided=1",
+    "capacity=33,ep=2,values=hetero",
+    "capacity=66,dtype=fp16,act=relu2_no_mul,routing=dup",
+    "capacity=66,routing=empty,values=sat",
+)
 LONGEST = 45.0
 """Seconds for one job."""
 
@@ -78,6 +87,7 @@ def cases() -> list[str]:
     """Case lines of the quick tier, of every preset as a scaled twin, of random layers, and two at full size."""
     chosen = [*cases_of("quick"), *(case for _, case in preset_cases(8)), *sample(24, 5000)]
     chosen += [parse_case(f"T=33,H=288,I=160,E=8,K=2,{line}") for line in QUANTISED]
+    chosen += [parse_case(f"T=33,H=104,I=72,E=8,K=2,layout=batched,{line}") for line in BATCHED]
     # The healthy twins of the planted faults.
     chosen += [parse_case(fault.case) for fault in faults.FAULTS if fault.case != faults.WIDE]
     chosen += [Case(replace(preset("qwen3-30b-a3b"), T=t)) for t in (1, 2048)]
@@ -91,8 +101,9 @@ def seams(verdicts: list[dict]) -> dict[str, dict[str, int]]:  # type: ignore[ty
     """Passed verdicts of every pair of backends at every seam: the matrix of who hands tensors to whom."""
     plain = MIXES | {jobs.TRITON: ()}, stages.SEAMS, ""
     quant = QUANT_MIXES | {f"{jobs.TRITON}-quant": ()}, quant_stages.SEAMS, "quantised: "
+    regions = BATCHED_MIXES | {f"{jobs.TRITON}-batched": ()}, batched.SEAMS, "batched: "
     found: dict[str, dict[str, int]] = {}
-    for mixes, pairs, prefix in (plain, quant):
+    for mixes, pairs, prefix in (plain, quant, regions):
         passed = {name: sum(v["outcome"] == "PASS" for v in verdicts if v["candidate"] == name) for name in mixes}
         for pair in pairs[1:] if pairs is stages.SEAMS else pairs:  # the first is jobs.routed's
             row: dict[str, int] = {}
