@@ -3,7 +3,8 @@
     PYTHONPATH=src python ci/quant_plans.py PROBE.json .. [--folder optimized]
 
 Of several probes the first that timed a point speaks for it. A plan is the pair of tiles of one height whose times, with the
-pass that quantises h where GEMM1 cannot, add up to the least. One file a scheme, and one a scheme with the tensor core's own sums (`-fast`), in the form that `moeproof tune` writes.
+pass that quantises h where GEMM1 cannot, add up to the least. One file a scheme, and one a scheme with the tensor core's own
+sums (`-fast`), in the form that `moeproof tune` writes.
 """
 
 from __future__ import annotations
