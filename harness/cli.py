@@ -255,13 +255,17 @@ def faults(
     classes: Annotated[list[str] | None, typer.Option("--class", help="P01 .. P100, or a name; by default all.")] = None,
     rules: Annotated[bool, typer.Option("--rules", help="Public suites' rules and recipes on the same faults.")] = False,
     gpu: Annotated[bool, typer.Option("--gpu", help="Only what a GPU alone can trigger: streams and captured graphs.")] = False,
+    ask: Annotated[str, typer.Option(help="A check of yours, tests.py:check_moe: which of the faults it lets through.")] = "",
     output: Annotated[Path | None, typer.Option(help="Folder for faults.md and results/faults-cpu.json.")] = None,
     jobs: Jobs = 0,
     json: Json = False,
 ) -> None:
     """Plant the public fault classes one by one, and show what the harness makes of each."""
-    from moeproof.harness.faults import command, gpu_report
+    from moeproof.harness.faults import ask_report, command, gpu_report
 
+    if ask:
+        check(not (rules or gpu or output), "--ask goes with --class and --json only: it writes nothing")
+        raise typer.Exit(ask_report.main(ask, classes or [], json))
     if gpu:
         check(not classes and not rules, "--gpu goes with neither --class nor --rules: it hunts a list of its own")
         raise typer.Exit(gpu_report.main(output, json))

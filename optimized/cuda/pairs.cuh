@@ -10,14 +10,14 @@ template <typename T> __device__ unsigned two(T low, T high) { return bits_of(lo
 // low and high, each rounded once to T.
 template <typename T> __device__ unsigned narrow_two(float low, float high) { return two(narrow<T>(low), narrow<T>(high)); }
 
-// The larger magnitudes of what two words hold, place by place; a NaN gives way to a number.
-template <typename T> __device__ unsigned larger(unsigned a, unsigned b);
-template <> __device__ inline unsigned larger<float>(unsigned a, unsigned b) {
-    return __float_as_uint(fmaxf(fabsf(__uint_as_float(a)), fabsf(__uint_as_float(b))));
+// The larger of what a word of magnitudes holds and of the magnitudes of another, place by place; a NaN gives way to a number.
+template <typename T> __device__ unsigned larger(unsigned most, unsigned x);
+template <> __device__ inline unsigned larger<float>(unsigned most, unsigned x) {
+    return __float_as_uint(fmaxf(__uint_as_float(most), fabsf(__uint_as_float(x))));
 }
-template <typename T> __device__ unsigned larger_each(unsigned a, unsigned b) {
-    const float low = fmaxf(fabsf(widen(of_bits<T>(a))), fabsf(widen(of_bits<T>(b))));
-    const float high = fmaxf(fabsf(widen(of_bits<T>(a >> 16))), fabsf(widen(of_bits<T>(b >> 16))));
+template <typename T> __device__ unsigned larger_each(unsigned most, unsigned x) {
+    const float low = fmaxf(widen(of_bits<T>(most)), fabsf(widen(of_bits<T>(x))));
+    const float high = fmaxf(widen(of_bits<T>(most >> 16)), fabsf(widen(of_bits<T>(x >> 16))));
     return narrow_two<T>(low, high);
 }
 
@@ -32,14 +32,12 @@ template <> __device__ inline unsigned narrow_two<__half>(float low, float high)
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
     return both;
 }
-template <> __device__ inline unsigned larger<__nv_bfloat16>(unsigned a, unsigned b) {
-    unsigned most;
-    asm("{.reg .b32 x, y; abs.bf16x2 x, %1; abs.bf16x2 y, %2; max.bf16x2 %0, x, y;}" : "=r"(most) : "r"(a), "r"(b));
+template <> __device__ inline unsigned larger<__nv_bfloat16>(unsigned most, unsigned x) {
+    asm("{.reg .b32 y; abs.bf16x2 y, %1; max.bf16x2 %0, %0, y;}" : "+r"(most) : "r"(x));
     return most;
 }
-template <> __device__ inline unsigned larger<__half>(unsigned a, unsigned b) {
-    unsigned most;
-    asm("{.reg .b32 x, y; abs.f16x2 x, %1; abs.f16x2 y, %2; max.f16x2 %0, x, y;}" : "=r"(most) : "r"(a), "r"(b));
+template <> __device__ inline unsigned larger<__half>(unsigned most, unsigned x) {
+    asm("{.reg .b32 y; abs.f16x2 y, %1; max.f16x2 %0, %0, y;}" : "+r"(most) : "r"(x));
     return most;
 }
 // a b + c of bfloat16, each rounded once.
@@ -49,8 +47,8 @@ __device__ inline unsigned fma_bf16(unsigned a, unsigned b, unsigned c) {
     return sum;
 }
 #else
-template <> __device__ inline unsigned larger<__nv_bfloat16>(unsigned a, unsigned b) { return larger_each<__nv_bfloat16>(a, b); }
-template <> __device__ inline unsigned larger<__half>(unsigned a, unsigned b) { return larger_each<__half>(a, b); }
+template <> __device__ inline unsigned larger<__nv_bfloat16>(unsigned most, unsigned x) { return larger_each<__nv_bfloat16>(most, x); }
+template <> __device__ inline unsigned larger<__half>(unsigned most, unsigned x) { return larger_each<__half>(most, x); }
 __device__ inline unsigned fma_bf16(unsigned a, unsigned b, unsigned c) {
     const auto one = [&](int shift) {
         const auto at = [&](unsigned word) { return static_cast<double>(widen(of_bits<__nv_bfloat16>(word >> shift))); };

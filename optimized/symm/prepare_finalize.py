@@ -13,6 +13,7 @@ from moeproof.optimized.prepare_finalize import check_unquantised
 from moeproof.optimized.quant.prepare import quantised_rows
 from moeproof.optimized.quant.quantise import as_bytes
 from moeproof.optimized.slots import Slots
+from moeproof.optimized.symm.cuts import ALONE, Cuts
 from moeproof.optimized.symm.exchange import PATIENCE, Exchange, Received
 from moeproof.optimized.symm.layout import Layout, Payload
 from moeproof.optimized.symm.room import check_room
@@ -43,7 +44,7 @@ class _Symmetric(FusedMoEPrepareAndFinalize):
         payload: Payload,
         scheme: QuantScheme = UNQUANTISED,
         patience: float = PATIENCE,
-        programs: int | None = None,
+        cuts: Cuts = ALONE,
         **facts: object,
     ) -> None:
         check(max_num_tokens >= 0, f"max_num_tokens={max_num_tokens} must not be negative")
@@ -51,7 +52,7 @@ class _Symmetric(FusedMoEPrepareAndFinalize):
         self.max_num_tokens = max_num_tokens
         layout = Layout(grid, payload, max(max_num_tokens, 1))
         facts |= {"kind": type(self).__name__, "max tokens": max_num_tokens, "scheme": scheme.name}
-        self.exchange = Exchange(link, layout, facts, patience, programs)
+        self.exchange = Exchange(link, layout, facts, patience, cuts)
         self.payload = payload
         self._known_map: Tensor | None = None
         """The expert map that has been looked at: reading it would wait for the device."""

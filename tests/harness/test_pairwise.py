@@ -61,8 +61,11 @@ REASONS: dict[tuple[str, str], tuple[Callable[..., bool], str]] = {
     ("K", "values"): (lambda K, values: values == "cancel" and K < 2, "slots cancel in pairs"),
     ("K", "extra"): (lambda K, extra: extra == "weight_on_input" and K > 1, "one input cannot have several weights"),
     ("router", "extra"): (
-        lambda r, extra: extra == "weight_on_input" and (_router(r).score == "sparsemixer" or _router(r).fused_shared > 0),
-        "one input cannot have several weights",
+        lambda r, extra: (
+            (extra == "weight_on_input" and (_router(r).score == "sparsemixer" or _router(r).fused_shared > 0))
+            or (extra == "latent" and _router(r).zero_experts > 0)
+        ),
+        "one input cannot have several weights; an identity expert adds x, which is wider than the latent sum",
     ),
     ("router", "ranks"): (
         lambda r, ranks: ranks == "3 redundant" and (_router(r).zero_experts or _router(r).fused_shared),

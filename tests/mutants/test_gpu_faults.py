@@ -59,16 +59,23 @@ def test_a_hunt_without_a_gpu_is_refused() -> None:
         hunt_on_gpu(PLANTINGS[0])
 
 
-def test_free_blocks_are_those_of_the_default_pool() -> None:
-    block = {"size": 512, "state": "inactive"}
+def _segment(stream: int, kind: str, total: int, *blocks: tuple[int, str], **other: object) -> dict[str, object]:
+    listed = [{"size": size, "state": state} for size, state in blocks]
+    return {"device": 0, "stream": stream, "segment_type": kind, "total_size": total, "blocks": listed} | other
+
+
+def test_free_blocks_are_those_of_the_default_pool_in_pieces_that_land_in_them() -> None:
+    """Requests beyond 1 MiB never land in a small segment: a free one of 2 MiB takes two."""
+    mib = 1 << 20
     segments = [
-        {"device": 0, "stream": 0, "segment_pool_id": (0, 0), "blocks": [block, {"size": 1024, "state": "active_allocated"}]},
-        {"device": 0, "stream": 7, "segment_pool_id": (0, 0), "blocks": [{"size": 2048, "state": "inactive"}]},
-        {"device": 0, "stream": 0, "segment_pool_id": (0, 1), "blocks": [block]},
-        {"device": 1, "stream": 0, "segment_pool_id": (0, 0), "blocks": [block]},
+        _segment(0, "small", 2 * mib, (512, "inactive"), (2 * mib - 512, "active_allocated")),
+        _segment(7, "small", 2 * mib, (2 * mib, "inactive")),
+        _segment(7, "large", 20 * mib, (3 * mib, "inactive"), (17 * mib - 4096, "active_allocated"), (4096, "inactive")),
+        _segment(0, "small", 2 * mib, (2 * mib, "inactive"), segment_pool_id=(0, 1)),
+        _segment(0, "small", 2 * mib, (2 * mib, "inactive"), device=1),
     ]
 
-    assert free_blocks(segments, 0) == [(7, 2048), (0, 512)]
+    assert free_blocks(segments, 0) == [(7, 3 * mib), (7, mib), (7, mib), (0, 512)]
 
 
 @on_gpu
@@ -89,17 +96,20 @@ def test_it_shrinks_with_its_history(planted: Planting) -> None:
 
 
 @on_gpu
-def test_a_canary_takes_every_freed_block_whatever_its_stream() -> None:
+def test_canaries_take_every_freed_block_whatever_its_stream_and_no_other_memory() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
-        small, large = (torch.zeros(n, dtype=torch.uint8, device=device) for n in (700, 3 << 20))
-    where = {small.data_ptr(), large.data_ptr()}
+        freed = [torch.zeros(n, dtype=torch.uint8, device=device) for n in (700, 3 << 20)]
+    where = [t.data_ptr() for t in freed]
     torch.cuda.synchronize()
-    del small, large
+    del freed
+    reserved = torch.cuda.memory_reserved()
     held = canaries(device)
 
-    assert where <= {t.data_ptr() for t in held}
+    assert torch.cuda.memory_reserved() == reserved
+    assert all(any(t.data_ptr() <= at < t.data_ptr() + t.numel() for t in held) for at in where)
+    assert free_blocks(torch.cuda.memory_snapshot(), device.index or 0) == []
     assert trampled(held) == 0
     held[0][3] = 0
     assert trampled(held) == 1

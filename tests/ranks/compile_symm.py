@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "optimized"))
 from compile_only import Driver
 
 from moeproof.optimized.symm import exchange
+from moeproof.optimized.symm.cuts import ALONE, beside
 from moeproof.optimized.symm.layout import Layout, Payload
 from moeproof.optimized.symm.room import check_room
 from moeproof.reference.contract import Grid
@@ -35,12 +36,12 @@ def main(rank: int) -> None:
     driver.set_active(Driver())
     exchange.allocate = lambda link, nbytes: ((torch.empty(1, dtype=torch.uint8),) * link.size, None)  # type: ignore[assignment]
     exchange.agree = lambda *_: None  # type: ignore[assignment]
-    Layout.view = lambda self, arena, name: torch.empty(1)  # type: ignore[method-assign]
+    Layout.view = lambda self, arena, name: torch.empty(8)  # type: ignore[method-assign]
     for case, (payload, grid, most) in SIZES.items():
         Driver.case = case
         link: Any = SimpleNamespace(rank=rank, size=grid.ranks, device=torch.device("cpu"), group=None)
-        for programs in (None, 33):
-            made = exchange.Exchange(link, Layout(grid, payload, most), {}, programs=programs)
+        for cuts in (ALONE, beside(1 / 8), beside(1 / 8, copies=True)):
+            made = exchange.Exchange(link, Layout(grid, payload, most), {}, cuts=cuts)
         check_room(made, torch.empty(grid.experts, dtype=torch.int32), 8)
     wide: dict[str, int] = {}
     for kernel in (exchange._dispatch, exchange._put_sums, exchange._add_up):

@@ -6,11 +6,18 @@ Experts are the plain loops: what is tested here is what lies between ranks.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
-from moeproof.optimized.symm.candidates import rank_pairs
+from moeproof.optimized.symm.candidates import overlapped, rank_pairs
+from moeproof.optimized.symm.cuts import beside
 from moeproof.reference.eager.experts_of import batched_experts, standard_experts, taps
 
 INSTALLED = {pair.name: pair for pair in rank_pairs()}
+INSTALLED["by copies"] = replace(
+    INSTALLED["symm-standard-overlapped"],
+    name="by copies",
+    prepare_finalize=partial(overlapped, cuts=beside(1 / 8, copies=True)),
+)
 PAIRS = {
     name: replace(
         pair,
