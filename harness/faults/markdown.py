@@ -140,10 +140,11 @@ def _not_in(c: Campaign) -> list[str]:
         if schemes
     ]
     head = ["| class | why it cannot happen | schemes |", "| --- | --- | --- |"]
-    words = (
-        "In every other quantised scheme the class is planted, in one variant at least; a row that names neither is refused."
-    )
-    return ["", "## Quantised schemes without a planting", "", words, "", *head, *rows] if rows else []
+    words = [
+        "In every other quantised scheme the class is planted, in one variant at least. A class that forgets a scheme, or",
+        "gives a reason where it is planted, is refused when the catalogue is read.",
+    ]
+    return ["", "## Quantised schemes without a planting", "", *words, "", *head, *rows] if rows else []
 
 
 def _own_row(c: Campaign) -> Row:
