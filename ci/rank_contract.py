@@ -98,6 +98,7 @@ def main() -> int:
     parser.add_argument("--deadline", type=float, default=30.0)
     parser.add_argument("--backend", default="", help="only pairs of this backend: torch, triton or cuda")
     parser.add_argument("--layout", default="", help="only pairs of this layout: standard or batched")
+    parser.add_argument("--pairs", nargs="+", default=[], help="only pairs of these names")
     parser.add_argument("--crossed", action="store_true", help="each pair with each single-rank pair's experts instead")
     parser.add_argument("--schemes", action="store_true", help="also a case of every scheme that quantises")
     parser.add_argument("--output", type=Path)
@@ -105,6 +106,7 @@ def main() -> int:
     command.settle(options.transport, "auto")
     pairs = find_crossed_pairs() if options.crossed else find_rank_pairs()
     pairs = [p for p in pairs if options.backend in ("", p.backend) and options.layout in ("", p.layout)]
+    pairs = [p for p in pairs if not options.pairs or p.name in options.pairs]
     if options.crossed:
         pairs = [p for p in pairs if options.transport in p.transports]
     outcomes: dict[str, Counter[str]] = {}
