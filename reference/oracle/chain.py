@@ -17,6 +17,7 @@ import torch
 from moeproof.reference.contract.candidate import Claims
 from moeproof.reference.contract.inputs import Inputs
 from moeproof.reference.contract.problem import Problem
+from moeproof.reference.contract.quant_checks import check_inputs
 from moeproof.reference.contract.schemes import Format, Quantiser
 from moeproof.reference.oracle import activations
 from moeproof.reference.oracle.bounds import U32, accumulator, combine_error
@@ -192,7 +193,8 @@ def chain(inputs: Inputs, claims: Claims) -> Trace:
 
 
 def spreads(inputs: Inputs, claims: Claims) -> dict[str, Spread]:
-    """The same four before they are stored: exact values and variances."""
+    """The same four before they are stored: exact values and variances. Refuses scales that the scheme does not have."""
+    check_inputs(inputs)
     p = inputs.problem
     x = known(inputs.hidden_states)
     if p.latent:
