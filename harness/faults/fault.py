@@ -42,6 +42,8 @@ class Fault:
     """Variant -> quantised schemes that it can happen in; empty on grounds that quantise nothing."""
     least: int = 1
     """Tokens that its trigger needs where that is more than a few, all else at its smallest; `note` says why."""
+    on_gpu: tuple[str, ...] = ()
+    """Variants that only a GPU can trigger, planted in on_gpu.py; `moeproof faults --gpu` hunts them."""
     random: bool = False
     """Fires by chance: scored by repeats to detection for each p of CHANCES."""
     why_not: str = ""

@@ -11,9 +11,9 @@ from moeproof.harness.faults.nulls import NULLS, Taken
 from moeproof.harness.faults.side_by_side import SINGLE, Row
 
 
-def page(campaign: Campaign, environment: str) -> str:
-    """The whole page."""
-    lines = [*_head(campaign, environment), *_classes(campaign), *_not_planted(campaign), *_notes(campaign)]
+def page(campaign: Campaign, environment: str, on_gpu: Sequence[str]) -> str:
+    """The whole page; `on_gpu` is its section about what only a GPU can trigger."""
+    lines = [*_head(campaign, environment), *_classes(campaign), *_not_planted(campaign), *_notes(campaign), *on_gpu]
     if campaign.ours:
         lines += ["", "## The same faults under public rules, on our inputs", ""]
         lines += [

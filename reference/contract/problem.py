@@ -93,6 +93,10 @@ class Problem:
             "inplace with a latent projection: sizes of input and output differ inside",
         )
         check(
+            not (self.latent and self.router.zero_experts),
+            "latent with zero experts: an identity expert adds x, H wide, to a sum in the latent width",
+        )
+        check(
             not (self.latent and self.quant.quantised),
             f"latent with scheme={self.scheme}: QUANT1 would quantise the projection's result, which no stage shows",
         )
