@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -57,7 +57,8 @@ class Received:
 class Exchange:
     """Collective: all ranks make theirs together, with the same layout. `facts` must agree as well.
 
-    `cuts` say how many multiprocessors it takes from what computes meanwhile.
+    `cuts` say how many multiprocessors it takes from what computes meanwhile; a local expert with more than `max_rows` rows
+    fails the call.
     """
 
     def __init__(
@@ -67,8 +68,9 @@ class Exchange:
         facts: dict[str, object],
         patience: float = PATIENCE,
         cuts: Cuts = ALONE,
+        max_rows: int = 2**31 - 1,
     ) -> None:
-        self.link, self.layout, self.patience = link, layout, patience
+        self.link, self.layout, self.patience, self.max_rows = link, layout, patience, max_rows
         grid = layout.grid
         shared = {"call": "symmetric exchange", "placement": grid, "payload": layout.payload, "most": layout.most, **facts}
         check(link.size == grid.ranks, f"the placement is for {grid.ranks} ranks, the group has {link.size}")
@@ -119,7 +121,7 @@ class Exchange:
             (
                 *(*common, group_of, padded.to(device), going, tally, counts),
                 *self._at("signals", "notices", "tokens", "counts", "ids", "weights", "scales", "rows"),
-                *(lay.most, p.slots, grid.experts, lay.local, row_words, scale_words, me),
+                *(lay.most, self.max_rows, p.slots, grid.experts, lay.local, row_words, scale_words, me),
             ),
             **meeting,
             TP=grid.tp,
@@ -181,6 +183,13 @@ class Exchange:
         self._add_up(y, dry=True)
         self._launch_meeting((1, 1, 1), self._limit, 1)
 
+    def as_words(self, rows: Any, scales: Tensor | None) -> tuple[Any, Tensor | None]:
+        """Rows and scales as kernels move them: in the widest integers that both kinds are made of."""
+        return (
+            None if rows is None else rows.view(self._row_view),
+            None if scales is None else scales.view(self._scale_view),
+        )
+
     def _put_rows(
         self,
         rows: Tensor | None,
@@ -193,7 +202,7 @@ class Exchange:
     ) -> None:
         lay = self.layout
         work = max(-(-tokens // self.cuts.put.rows), -(-(lay.most - tokens) * lay.payload.slots // FILL), 1)
-        rows, scales = (_as_words(t, view) for t, view in ((rows, self._row_view), (scales, self._scale_view)))
+        rows, scales = self.as_words(rows, scales)
         self._launch_dispatch(
             (1 if dry else min(work, self._put_programs), 1, 1),
             *(rows, scales, ids, weights),
@@ -217,11 +226,6 @@ class Exchange:
         self._launch_add((min(tiles, self._add_programs), 1, 1), *arguments)
 
     # Calls.
-
-    def nothing_received(self) -> Received:
-        """As after a dispatch in which no rank had any token. Nothing of the arena is written: peers may be at work in it."""
-        got = self.received
-        return replace(got, ids=torch.full_like(got.ids, -1), counts=torch.zeros_like(got.counts))
 
     def dispatch(self, rows: Tensor, scales: Tensor | None, ids: Tensor, weights: Tensor) -> Received:
         """Rows (T, columns) and their scales, with ids and weights (T, K), to the ranks of their experts; what came here.
@@ -350,10 +354,6 @@ def _words_of(layout: Layout, rank: int, notice: Tensor, call: int, patience: fl
     if code == Code.FULL:
         return _full(layout, rank, first, second)
     return notice[TEXT:].numpy().tobytes().rstrip(b"\0").decode(errors="replace")
-
-
-def _as_words(t: Tensor | None, word: torch.dtype) -> Tensor | None:
-    return None if t is None else t.view(word)
 
 
 def _words(nbytes: int) -> tuple[tuple[torch.dtype, tl.dtype], int]:
