@@ -282,18 +282,29 @@ __global__ void __launch_bounds__(MX ? THREADS : MOST_THREADS) quantise_kernel(c
     }
 }
 
-// A row's groups lie along x and on along the grid's y; blocks take as many rows as they have room for.
+// A row's groups lie along x and on along the grid's y; blocks take as many rows as they have room for. Teams are whole in x,
+// warps in the block.
+inline dim3 block_of(long long width, int lanes, long long rows, int threads) {
+    const long long share = ceil_div(width, ceil_div(width, threads));
+    int x = static_cast<int>(ceil_div(share, lanes) * lanes), together = 1;  // rows that fill whole warps
+    while (x * together % WARP) together *= 2;
+    if (x * together > threads) {
+        x = static_cast<int>(ceil_div(x, WARP) * WARP);
+        together = 1;
+    }
+    const long long wanted = min(ceil_div(rows, together), static_cast<long long>(max(threads / x / together, 1)));
+    return dim3(x, static_cast<unsigned>(wanted) * together);
+}
+
 template <typename T, int FORMAT, int SOURCE, int PACKS, bool MX, bool WHOLE>
 cudaError_t launch_teams(const Quantise& a, long long lanes_wanted, int usual_threads, cudaStream_t stream) {
-    const int lanes = pow2_at_least(lanes_wanted, MOST_THREADS), threads = max(lanes, usual_threads);
+    const int lanes = pow2_at_least(lanes_wanted, MOST_THREADS);
     int shift = 0;
     while (1 << shift < lanes) ++shift;
-    const long long width = static_cast<long long>(a.groups) * lanes, share = ceil_div(width, ceil_div(width, threads));
-    // Teams and warps are whole.
-    const int unit = max(lanes, WARP), x = static_cast<int>(share < WARP ? pow2_at_least(share, WARP) : ceil_div(share, unit) * unit);
-    const int y = max(1, min(threads / x, max(pow2_at_least(a.act.R, threads), WARP / x)));
-    const dim3 grid(static_cast<unsigned>(ceil_div(a.act.R, y * (MX ? PACKS : 1))), static_cast<unsigned>(ceil_div(width, x)));
-    quantise_kernel<T, FORMAT, SOURCE, PACKS, MX, WHOLE><<<grid, dim3(x, y), 0, stream>>>(a, shift);
+    const long long width = static_cast<long long>(a.groups) * lanes, rows = ceil_div(a.act.R, MX ? PACKS : 1);
+    const dim3 block = block_of(width, lanes, rows, max(lanes, usual_threads));
+    const dim3 grid(static_cast<unsigned>(ceil_div(rows, block.y)), static_cast<unsigned>(ceil_div(width, block.x)));
+    quantise_kernel<T, FORMAT, SOURCE, PACKS, MX, WHOLE><<<grid, block, 0, stream>>>(a, shift);
     return cudaGetLastError();
 }
 

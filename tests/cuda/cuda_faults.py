@@ -141,8 +141,8 @@ FAULTS = (
     Fault(
         "align.last_slot_lost",
         "slots.cuh",
-        "if (first + j * step < end) r[j]",
-        "if (first + j * step < end - 1) r[j]",
+        "if (first + j * step < end) r[j] = raw_at(",
+        "if (first + j * step < end - 1) r[j] = raw_at(",
         stands_for="P35",
     ),
     Fault(
@@ -207,7 +207,7 @@ FAULTS = (
         "T=1100,H=16,I=8,E=60,K=8",
         "P35",
     ),
-    Fault("slots.int32_offset", "slots.cuh", "const long long at = flat", "const int at = flat", WIDE, "P40"),
+    Fault("slots.int32_offset", "slots.cuh", "const long long at = flat()", "const int at = flat()", WIDE, "P40"),
     # DISPATCH
     Fault(
         "dispatch.weight_dropped",
