@@ -25,8 +25,8 @@ BLOCKS = 16
 def _align_small(
     sorted_slots, block_expert, num_padded, counts, num_slots, B,
     ids, expert_map, stride_t, stride_k, num_experts, num_local, K,
-    ALL: tl.constexpr, PART: tl.constexpr, MINE: tl.constexpr, EP: tl.constexpr, MAP: tl.constexpr, STEP: tl.constexpr, BLOCK_M: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    ALL: tl.constexpr, PART: tl.constexpr, MINE: tl.constexpr, EP: tl.constexpr, MAP: tl.constexpr, STEP: tl.constexpr,
+    BLOCK_M: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program p places slots p * MINE .. and fills blocks p * MAP ..; the places of all programs are disjoint."""
     after_previous(OVERLAP)
