@@ -57,7 +57,7 @@ CASES = {
 
 
 FIRST = ("none", "fp8_token", "int8_token")
-GROUPS = "T=9,H=40,I=24,E=7,K=3"
+GROUPS = "T=9,H=72,I=40,E=7,K=3"
 """Sizes for those: codes in pairs, and shards of I that a group divides."""
 SPREADS = ("routing=minus1,spread=uneven", "routing=dup,spread=empty", "routing=hot,spread=one")
 
@@ -68,7 +68,7 @@ def cases(pair: RankPair, ranks: int, schemes: bool) -> dict[str, Case]:
     possible = [s for s in FIRST if (case := _case(pair, ranks, f"scheme={s}", GROUPS)) and pair.supports(case.world) is None]
     first = possible[0] if possible else "none"
     for reason, extra in CASES.items():
-        quantised = f"{extra},scheme={first}".replace("values=sat", "values=groups")
+        quantised = f"{extra},scheme={first}".replace("values=sat", "values=hetero")
         if case := _case(pair, ranks, extra) if first == "none" else _case(pair, ranks, quantised, GROUPS):
             found[reason] = case
     for number, (name, scheme) in enumerate(SCHEMES.items() if schemes else ()):
