@@ -52,12 +52,20 @@ QUANT_STRIP_CASES = (
     "T=2,H=128,I=416,E=4,K=3,act=swigluoai,expert_bias=1,routing=minus1",
 )
 """Widths of whole groups of 32, but not of 128; the exact probe of a scheme."""
+ROLES_CASES = (
+    "T=300,H=384,I=256,E=3,K=2",
+    "T=70,H=256,I=128,E=2,K=1,routing=minus1",
+    "T=90,H=256,I=640,E=5,K=3,routing=dup",
+    "T=150,H=256,I=384,E=6,K=2,values=pin,routing=empty",
+)
+"""Warps have roles only where strips of 128 rows lie in one block of scales. Rings of copies that end in any stage."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scheme", default="")
     parser.add_argument("--only", choices=("table", "kinds"))
+    parser.add_argument("--plan", action="append", default=[], help="only this plan; may be repeated")
     parser.add_argument("--mode", default="auto")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--output", type=Path)
@@ -65,7 +73,7 @@ def main() -> int:
     _start(options.mode)
     start = time.monotonic()
     scheme = options.scheme
-    texts = quant_plans(scheme, options.only) if scheme else plans(options.only)
+    texts = options.plan or (quant_plans(scheme, options.only) if scheme else plans(options.only))
     work = [(text, line, scheme) for text in texts for line in cases(text, scheme)]
     if options.jobs == 1:
         verdicts = _verify(work)
@@ -104,6 +112,7 @@ def cases(text: str, scheme: str) -> list[str]:
     if not scheme:
         return list(STRIP_CASES if text.startswith("v") else TILE_CASES)
     own = QUANT_STRIP_CASES if text.startswith("v") else QUANT_TILE_CASES
+    own += ROLES_CASES if "roles" in text else ()
     return [f"{line},scheme={scheme.removesuffix('-fast')}" for line in own]
 
 

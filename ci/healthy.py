@@ -4,11 +4,12 @@
     python ci/healthy.py docs/results/healthy-h100.json --parts compiled --cases 8000 --mode device --jobs 16 --seconds 150
     python ci/healthy.py docs/results/healthy-cpu.json --merge elsewhere.json ..
 
-Parts: `cover` every pair of values of two axes, streams and graphs where there is a GPU, and several ranks, which are simulated
-ones on the CPU; `sweep` every 16-bit gate and every code; `random` and `quantised` as many
-random cases as --cases says, `compiled` as many of a few layers, for which few kernels are compiled; `histories` side stream
-and CUDA-graph replay (GPU); `huge` offsets beyond 2^31 elements (GPU, 60 GB, a minute; give it --jobs 1). --candidates takes
-names, and `torch`, `triton` and `cuda` for all of a kind. A stage check is one tensor of one case judged against its bound.
+Parts: `cover` every pair of values of two axes, streams and graphs where there is a GPU, and several ranks, simulated ones on
+the CPU; `sweep` every 16-bit gate and every code; `random` and `quantised` as many random cases as --cases says, `compiled` as
+many of a few layers, for which few kernels are compiled, `aligned` of those that library products and fused kernels can do;
+`histories` side stream and CUDA-graph replay (GPU); `huge` offsets beyond 2^31 elements (GPU, 60 GB, a minute; give it
+--jobs 1). --candidates takes names, and `torch`, `triton` and `cuda` for all of a kind. A stage check is one tensor of one
+case judged against its bound.
 
 Pieces go to the processes as these get free, and the file is written every 20 seconds: a run that ends early loses at most
 that, and the same command goes on from there. Records of other machines are added by --merge. Exit code 0 when nothing alarmed.
@@ -37,7 +38,7 @@ import torch
 from moeproof.harness import modes, workers
 from moeproof.harness.cases.axes import covering
 from moeproof.harness.cases.case import Case, parse_case
-from moeproof.harness.cases.compiled_sample import RUN, compiled_case
+from moeproof.harness.cases.compiled_sample import RUN, aligned_case, compiled_case
 from moeproof.harness.cases.quant_sample import draw_quantised
 from moeproof.harness.cases.sample import draw
 from moeproof.harness.cases.tiers import cases_of
@@ -70,7 +71,12 @@ def histories() -> list[Case]:
     return [replace(case, history=history) for case in [*cases_of("quick"), *larger] for history in ("stream", "graph")]
 
 
-ENDLESS: dict[str, Callable[[int], Case]] = {"random": draw, "quantised": draw_quantised, "compiled": compiled_case}
+ENDLESS: dict[str, Callable[[int], Case]] = {
+    "random": draw,
+    "quantised": draw_quantised,
+    "compiled": compiled_case,
+    "aligned": aligned_case,
+}
 LISTED: dict[str, Callable[[], Sequence[Case]]] = {
     "cover": covering,
     "sweep": lambda: cases_of("sweep"),

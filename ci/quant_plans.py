@@ -2,8 +2,9 @@
 
     PYTHONPATH=src python ci/quant_plans.py PROBE.json .. [--folder optimized]
 
-A plan is the pair of tiles of one height whose times, with the pass that quantises h where GEMM1 cannot, add up to the least.
-One file a scheme, and one a scheme with the tensor core's own sums (`-fast`), in the form that `moeproof tune` writes.
+Of several probes the first that timed a point speaks for it. A plan is the pair of tiles of one height whose times, with the
+pass that quantises h where GEMM1 cannot, add up to the least. One file a scheme, and one a scheme with the tensor core's own
+sums (`-fast`), in the form that `moeproof tune` writes.
 """
 
 from __future__ import annotations
@@ -92,7 +93,11 @@ def main() -> None:
     options = parser.parse_args()
     probes = [json.loads(path.read_text(encoding="utf-8")) for path in options.probe]
     how = {key: value for key, value in probes[0].items() if key != "found"}
-    for name, table in tables([f for probe in probes for f in probe["found"]]).items():
+    found: list[dict[str, Any]] = []
+    for probe in probes:
+        known = {(f["model"], f["scheme"], f["M"]) for f in found}
+        found += [f for f in probe["found"] if (f["model"], f["scheme"], f["M"]) not in known]
+    for name, table in tables(found).items():
         results.write(options.folder / f"plans_sm90_{name}.json", table | {"made": how})
         print(name, sum(len(row) for row in table["plans"].values()), "plans")
 

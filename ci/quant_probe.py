@@ -26,9 +26,9 @@ from moeproof.harness.reports import results
 from moeproof.harness.timing.points import SIZES
 from moeproof.optimized.align import Alignment, align
 from moeproof.optimized.combine import combine
-from moeproof.optimized.quant import fused_gemm, packed_gemm
+from moeproof.optimized.quant import fused_gemm, packed_gemm, specialised_gemm
 from moeproof.optimized.quant.fused_gemm import down, gate_up_act, requantises
-from moeproof.optimized.quant.rows import code_rows, quantise_rows
+from moeproof.optimized.quant.rows import code_rows, quantise_rows, sort_rows
 from moeproof.optimized.quant.search import SHORT, strips, tiles
 from moeproof.optimized.quant.vector import vector_down, vector_gate_up_act
 from moeproof.optimized.slots import Slots
@@ -39,7 +39,7 @@ from moeproof.reference.contract.schemes import Quantiser
 
 Tensor = torch.Tensor
 E4M3, BF16, SILU, MXFP4 = torch.float8_e4m3fn, torch.bfloat16, Activation(), "mxfp4_w4a16"
-MANY = {"dsv3full": (256, 4096, 16384, 16)}
+MANY = {"dsv3full": (4096, 256, 16384, 16)}
 GROUPS = (1, 4, 16)
 """Heights of a group of row blocks, tried with each point's best tile."""
 
@@ -145,6 +145,11 @@ class Point:
         short = tile.block_m <= SHORT  # as the tables have it
         if self.scheme == MXFP4:
             packed_gemm.gate_up_act(self.x[0], self.w.w1, h[0], a, tile, (2 * self.I, self.H), self.K, SILU, None, short)
+        elif tile.roles:
+            codes, scale = self.x
+            assert scale is not None
+            x = sort_rows(codes, a, self.K), scale
+            specialised_gemm.gate_up_act(x, self.w.w1, h, a, tile, self.K, SILU, BF16)
         else:
             gate_up_act(self.x, self.w.w1, h, a, tile, self.K, SILU, BF16, None, short)  # type: ignore[arg-type]
         return h[0]
@@ -163,6 +168,8 @@ class Point:
         short = tile.block_m <= SHORT
         if self.scheme == MXFP4:
             packed_gemm.down(h[0], self.w.w2, self.y, a, tile, self.I, None, None, short)
+        elif tile.roles:
+            specialised_gemm.down(h, self.w.w2, self.y, a, tile)  # type: ignore[arg-type]
         else:
             down(h, self.w.w2, self.y, a, tile, None, None, short)  # type: ignore[arg-type]
         return self.y
@@ -212,7 +219,7 @@ def a2(scheme: str) -> Quantiser:
 
 def kernels() -> dict[int, object]:
     """Every kernel of a product that was loaded so far."""
-    functions = (fused_gemm._fused_scaled, packed_gemm._fused_packed)
+    functions = (fused_gemm._fused_scaled, packed_gemm._fused_packed, specialised_gemm._specialised)
     return {id(k): k for f in functions for caches in f.device_caches.values() for k in caches[0].values()}
 
 
@@ -396,6 +403,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path)
     parser.add_argument("--scheme", action="append", default=[])
+    parser.add_argument("--model", action="append", default=[])
+    parser.add_argument("--only", default="", help="only tiles with this word")
+    parser.add_argument("--without", default="", help="leave out tiles with this word")
+    parser.add_argument("--tiles-only", action="store_true", help="without the strips of one token")
     parser.add_argument("--jobs", type=int, default=30)
     parser.add_argument("--seconds", type=float, default=140.0)
     options = parser.parse_args()
@@ -404,14 +415,17 @@ def main() -> None:
             ("mixtral", "fp8_token"), ("dsv3ep8", "fp8_block"), ("dsv3ep8", "fp8_token"), ("gptoss", "fp8_token"),
             ("dsv3full", "fp8_block")]  # fmt: skip
     plan = [(model, scheme) for model, scheme in plan if not options.scheme or scheme in options.scheme]
+    plan = [(model, scheme) for model, scheme in plan if not options.model or model in options.model]
     compiled = [("qwen3", scheme) for scheme in dict.fromkeys(s for _, s in plan)]
     compiled += [("gptoss", scheme) for model, scheme in plan if model == "gptoss"]
     tasks = [(m, s, p, str(t)) for m, s in compiled for p in ("first", "second") for t in tiles(s, p)]
-    tasks += [(m, s, "layer", f"{t}{o}") for m, s in plan if has_strips(m, s) for t in strips() for o in ("", " overlap")] + [
-        (m, s, "rest", str(M)) for m, s in plan for M in (16, 64, 256, 1024, 4096, 16384)
-    ]
+    left_out = {t for *_, t in tasks if options.only not in t or (options.without and options.without in t)}
+    bad = {f"{s} {p} {t}" for _, s, p, t in tasks if t in left_out}
+    tasks = [task for task in tasks if " ".join(task[1:]) not in bad]
+    stripped = [] if options.tiles_only else [(m, s) for m, s in plan if has_strips(m, s)]
+    tasks += [(m, s, "layer", f"{t}{o}") for m, s in stripped for t in strips() for o in ("", " overlap")]
+    tasks += [(m, s, "rest", str(M)) for m, s in plan for M in (16, 64, 256, 1024, 4096, 16384)]
     context = multiprocessing.get_context("spawn")
-    bad: set[str] = set()
     with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
         for failed in pool.map(compile_some, [tasks[i :: options.jobs] for i in range(options.jobs)]):
             for line in failed:
@@ -425,9 +439,9 @@ def main() -> None:
         torch.cuda.empty_cache()
         w = weights(model, scheme)
         before = len(found)
-        if has_strips(model, scheme):
+        if (model, scheme) in stripped:
             try_strips(model, scheme, w, found)
-        for M in MANY.get(model, (64, 16, 256, 1024) if scheme == MXFP4 else (64, 1024, 4096, 16, 16384, 256)):
+        for M in MANY.get(model, (64, 16, 256, 1024) if scheme == MXFP4 else (4096, 1024, 256, 16384, 64, 16)):
             point = Point(model, scheme, M, w)
             for product in ("first", "second"):
                 try_tiles(point, product, bad, found, deadline)

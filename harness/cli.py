@@ -230,15 +230,16 @@ def policies(
 def ratios(
     candidates: Names = None,
     scheme: Annotated[list[str] | None, typer.Option(help="Schemes; by default all quantised ones.")] = None,
-    cases: Annotated[int, typer.Option(help="Random cases per scheme and layout; every fifth an exact probe.")] = 10,
+    cases: Annotated[int, typer.Option(help="Random cases per scheme and layout; every fourth an exact probe.")] = 10,
     output: Annotated[Path | None, typer.Option(help="File for the table, as JSON.")] = None,
     mode: Mode = "auto",
+    jobs: Jobs = 0,
     json: Json = False,
 ) -> None:
     """Measure observed/allowed errors of healthy candidates for every quantised scheme."""
     from moeproof.harness.reports import ratios as table
 
-    raise typer.Exit(table.main(candidates or [], scheme or [], cases, output, mode, json))
+    raise typer.Exit(table.main(candidates or [], scheme or [], cases, output, mode, jobs, json))
 
 
 @app.command()

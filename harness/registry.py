@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from moeproof.harness.judging.pairs import as_candidate
-from moeproof.harness.ranks.crossed import JOIN, crossed
+from moeproof.harness.ranks.crossed import JOIN, cannot_cross, crossed
 from moeproof.reference.contract.candidate import Candidate, Pair, RankPair
 from moeproof.reference.contract.errors import ContractError, check, known
 
@@ -29,6 +29,17 @@ def find_candidates() -> list[Candidate]:
 def find_rank_pairs() -> list[RankPair]:
     """Every candidate for several ranks of every installed package."""
     return [thing for thing in _installed() if isinstance(thing, RankPair)]
+
+
+def find_crossed_pairs() -> list[RankPair]:
+    """Every `PAIR+EXPERTS` of them: each prepare/finalize for several ranks with the experts of each single-rank pair."""
+    found = _installed()
+    return [
+        crossed(ranks, alone)
+        for ranks in found
+        for alone in found
+        if isinstance(ranks, RankPair) and isinstance(alone, Pair) and cannot_cross(ranks, alone) is None
+    ]
 
 
 def _installed() -> list[object]:

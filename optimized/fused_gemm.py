@@ -29,23 +29,32 @@ from moeproof.reference.contract.errors import check
 
 
 @triton.jit
+def _quickly_gated(
+    g, u, NAME: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr, LINEAR_BETA: tl.constexpr
+):
+    """The activation of a gate and an up value. The result is rounded to 16 bits at once: silu may be hardware's exp."""
+    if NAME == "silu":
+        if LIMIT > 0:
+            g = _at_most(g, LIMIT)
+            u = _within(u, LIMIT)
+        h = g * quick_sigmoid(g, 1.0) * u
+    elif NAME == "swigluoai" or NAME == "swigluoai_uninterleave":
+        g = _at_most(g, LIMIT)
+        h = g * quick_sigmoid(g, ALPHA) * (_within(u, LIMIT) + BETA)
+    else:
+        h = gated(g, u, NAME, ALPHA, BETA, LIMIT, LINEAR_BETA)
+    return h
+
+
+@triton.jit
 def _activation(
     acc, NAME: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr, LINEAR_BETA: tl.constexpr,
     GATED: tl.constexpr,
 ):  # fmt: skip
-    """(M, N / 2) of (gate, up) pairs, or (M, N). The result is rounded to 16 bits at once: silu may be hardware's exp."""
+    """(M, N / 2) of (gate, up) pairs, or (M, N)."""
     if GATED:
         g, u = tl.split(tl.reshape(acc, (acc.shape[0], acc.shape[1] // 2, 2)))
-        if NAME == "silu":
-            if LIMIT > 0:
-                g = _at_most(g, LIMIT)
-                u = _within(u, LIMIT)
-            h = g * quick_sigmoid(g, 1.0) * u
-        elif NAME == "swigluoai" or NAME == "swigluoai_uninterleave":
-            g = _at_most(g, LIMIT)
-            h = g * quick_sigmoid(g, ALPHA) * (_within(u, LIMIT) + BETA)
-        else:
-            h = gated(g, u, NAME, ALPHA, BETA, LIMIT, LINEAR_BETA)
+        h = _quickly_gated(g, u, NAME, ALPHA, BETA, LIMIT, LINEAR_BETA)
     else:
         h = ungated(acc, NAME)
     return h

@@ -2,16 +2,16 @@
 //
 // A block holds `blockDim.y` tokens side by side; a thread owns one pack of columns and walks over the token's slots in
 // order, so that the sum is the same whatever else is in the batch. Bound by the bytes of y: each is read once, in 16-byte
-// packs, eight slots ahead.
+// packs, eight slots ahead. A warp serves one token: each lane looks up a slot for all, and nobody waits at a barrier.
 
 #include "elementary.cuh"
 #include "slots.cuh"
 
 namespace moeproof {
 
-constexpr int THREADS = 256;
+constexpr int THREADS = 128;
 constexpr int AHEAD = 8;
-constexpr int MAX_SLOTS = 4096;  // of a block's tokens together: 32 KiB of rows and weights
+constexpr int SPREAD = 128;  // blocks, if there is work for them: about as many as multiprocessors
 constexpr int DEAD = -1, IDENTITY = -2;
 
 struct Combine {
@@ -28,8 +28,8 @@ struct Combine {
     float scale;
 
     // Row of y, DEAD or IDENTITY. Weight and row of a dead slot may hold anything.
-    __device__ int row_of(long long slot) const {
-        const long long id = slots.id(slot);
+    __device__ int row_of(long long t, int k) const {
+        const long long id = slots.id(slots.raw_at(t * slots.stride_t + k * slots.stride_k)), slot = t * slots.K + k;
         if (num_zero && id >= slots.num_experts && id < slots.num_experts + num_zero) return IDENTITY;
         if (rows != nullptr) return id >= 0 ? max(rows[slot], DEAD) : DEAD;
         return slots.local_of(id) >= 0 ? static_cast<int>(slot) : DEAD;
@@ -37,45 +37,43 @@ struct Combine {
 };
 
 template <typename T, int N> __global__ void __launch_bounds__(THREADS) combine_kernel(const Combine a) {
-    extern __shared__ int shared_memory[];
-    const int K = a.slots.K;
-    int* rows = shared_memory + threadIdx.y * K;
-    float* weights = reinterpret_cast<float*>(shared_memory + blockDim.y * K) + threadIdx.y * K;
     const long long t = static_cast<long long>(blockIdx.x) * blockDim.y + threadIdx.y;
-    if (t < a.T) {
-        for (int k = threadIdx.x; k < K; k += blockDim.x) {
-            // Loaded beside the id and not behind it; what stands there for a dead slot is thrown away.
-            const float w = a.weights[t * a.stride_wt + k * a.stride_wk];
-            const int row = a.row_of(t * K + k);
-            rows[k] = row;
-            weights[k] = row == IDENTITY || (row >= 0 && a.weighted) ? w : 1.0f;
-        }
-    }
-    __syncthreads();
-    const int h = (blockIdx.y * blockDim.x + threadIdx.x) * N;
-    if (t >= a.T || h >= a.H) return;
+    if (t >= a.T) return;  // whole warps leave; lanes beside the last column stay, and look up
+    const int h = (blockIdx.y * blockDim.x + threadIdx.x) * N, K = a.slots.K, lane = threadIdx.x % WARP;
     // Packs are only used where neighbours are 1 apart.
     const T* y = static_cast<const T*>(a.y) + (N == 1 ? h * a.stride_yh : h);
     float acc[N] = {};
     float identity = 0.0f;
-    for (int first = 0; first < K; first += AHEAD) {
-        Pack<T, N> ahead[AHEAD];
+    for (int base = 0; base < K; base += WARP) {
+        int row = DEAD;
+        float weight = 1.0f;
+        if (const int k = base + lane; k < K) {
+            // Loaded beside the id and not behind it; what stands there for a dead slot is thrown away.
+            const float w = a.weights[t * a.stride_wt + k * a.stride_wk];
+            row = a.row_of(t, k);
+            if (row == IDENTITY || a.weighted) weight = w;
+        }
+        for (int first = 0; first < WARP && base + first < K; first += AHEAD) {
+            Pack<T, N> ahead[AHEAD];
+            int at[AHEAD];
 #pragma unroll
-        for (int j = 0; j < AHEAD; ++j)
-            if (first + j < K && rows[first + j] >= 0)
-                ahead[j] = load<T, N>(y + rows[first + j] * a.stride_ys);
+            for (int j = 0; j < AHEAD; ++j) {
+                at[j] = __shfl_sync(ALL, row, first + j);
+                if (at[j] >= 0 && h < a.H) ahead[j] = load<T, N>(y + at[j] * a.stride_ys);
+            }
 #pragma unroll
-        for (int j = 0; j < AHEAD; ++j) {
-            if (first + j >= K) break;
-            const float w = weights[first + j];
-            if (rows[first + j] >= 0) {
+            for (int j = 0; j < AHEAD; ++j) {
+                const float w = __shfl_sync(ALL, weight, first + j);
+                if (at[j] >= 0) {
 #pragma unroll
-                for (int i = 0; i < N; ++i) acc[i] += w * ahead[j].get(i);
-            } else if (rows[first + j] == IDENTITY) {
-                identity += w;
+                    for (int i = 0; i < N; ++i) acc[i] += w * ahead[j].get(i);
+                } else if (at[j] == IDENTITY) {
+                    identity += w;
+                }
             }
         }
     }
+    if (h >= a.H) return;
     // A token without identity slots must not turn an infinite input into NaN.
     if (identity != 0.0f) {
         const T* x = static_cast<const T*>(a.x) + t * a.stride_xt + (N == 1 ? h * a.stride_xh : h);
@@ -93,11 +91,12 @@ template <typename T, int N> __global__ void __launch_bounds__(THREADS) combine_
 }
 
 template <typename T, int N> cudaError_t launch(const Combine& a, cudaStream_t stream) {
-    const int x = pow2_at_least(ceil_div(a.H, N), THREADS);
-    // Fewer tokens side by side where their slots would overflow shared memory.
-    const int y = max(1, min(min(THREADS / x, pow2_at_least(a.T, THREADS)), MAX_SLOTS / max(static_cast<int>(a.slots.K), 1)));
-    const dim3 grid(static_cast<unsigned>(ceil_div(a.T, y)), static_cast<unsigned>(ceil_div(ceil_div(a.H, N), x)));
-    combine_kernel<T, N><<<grid, dim3(x, y), 2 * y * a.slots.K * sizeof(int), stream>>>(a);
+    const long long packs = ceil_div(a.H, N);
+    int threads = THREADS;
+    while (threads > WARP && a.T * packs < static_cast<long long>(SPREAD) * threads) threads /= 2;
+    const int x = max(WARP, pow2_at_least(packs, threads)), y = min(threads / x, pow2_at_least(a.T, threads));
+    const dim3 grid(static_cast<unsigned>(ceil_div(a.T, y)), static_cast<unsigned>(ceil_div(packs, x)));
+    combine_kernel<T, N><<<grid, dim3(x, y), 0, stream>>>(a);
     return cudaGetLastError();
 }
 

@@ -10,19 +10,21 @@ from __future__ import annotations
 import torch
 
 from moeproof.optimized import plans
-from moeproof.optimized.align import align
+from moeproof.optimized.align import Alignment, align
 from moeproof.optimized.fused import _combine
 from moeproof.optimized.fused_gemm import describable
 from moeproof.optimized.layer import routing
 from moeproof.optimized.plans import Plan, Point
+from moeproof.optimized.quant import specialised_gemm
 from moeproof.optimized.quant.fused_gemm import down, gate_up_act, requantises
 from moeproof.optimized.quant.layer import _weights
 from moeproof.optimized.quant.prepare import weighted_rows
-from moeproof.optimized.quant.rows import code_rows, quantise_rows
+from moeproof.optimized.quant.rows import code_rows, quantise_rows, sort_rows
 from moeproof.optimized.quant.vector import vector_down, vector_gate_up_act
 from moeproof.optimized.slots import Slots, clear_dead
 from moeproof.optimized.tiles import Tile
 from moeproof.optimized.vector import Strip
+from moeproof.reference.contract.activations import Activation
 from moeproof.reference.contract.inputs import Inputs
 from moeproof.reference.contract.problem import Problem
 
@@ -78,8 +80,20 @@ def run_plan(inputs: Inputs, plan: Plan) -> dict[str, Tensor]:
 
 
 def _loadable(plan: Plan, inputs: Inputs) -> Plan:
-    """The plan, with pointers where the weights lie so that no descriptor can name them."""
-    return Plan(_tile(plan.first, inputs.w1), _tile(plan.second, inputs.w2), plan.overlap)
+    """The plan as it can run: without roles where a kernel has none, with pointers where no descriptor can name weights."""
+    p = inputs.problem
+    assert inputs.w1_scale is not None and inputs.w2_scale is not None and p.quant.w is not None
+    blocked = p.quant.w.group[1] > 0
+    first = _without_roles(plan.first, specialised_gemm.unable((inputs.w1, inputs.w1_scale), p.act, inputs.b1, blocked))
+    second = _without_roles(plan.second, specialised_gemm.unable((inputs.w2, inputs.w2_scale), None, inputs.b2, blocked))
+    return Plan(_tile(first, inputs.w1), _tile(second, inputs.w2), plan.overlap)
+
+
+def _without_roles(tile: Tile | Strip, unable: str) -> Tile | Strip:
+    """The same sums in the same order by warps that all do the same, where `unable` names a reason."""
+    if isinstance(tile, Tile) and tile.roles and unable:
+        return Tile(tile.block_m, 128, 128, tile.group_m, 8, 4, True, 1, fast=tile.fast)
+    return tile
 
 
 def _tile(tile: Tile | Strip, w: Tensor) -> Tile:
@@ -102,6 +116,40 @@ def _by_strips(
     vector_down(hq, (inputs.w2, inputs.w2_scale), out, weights, slots, second, inputs.b2, p.scale_on_sum, overlap)
 
 
+def _first(
+    x: tuple[Tensor, Tensor],
+    w1: tuple[Tensor, Tensor],
+    h: tuple[Tensor, Tensor | None],
+    alignment: Alignment,
+    tile: Tile,
+    K: int,
+    act: Activation,
+    dtype: torch.dtype,
+    b1: Tensor | None,
+    overlap: bool,
+) -> None:
+    if tile.roles:
+        specialised_gemm.gate_up_act((sort_rows(x[0], alignment, K), x[1]), w1, h, alignment, tile, K, act, dtype)
+    else:
+        gate_up_act(x, w1, h, alignment, tile, K, act, dtype, b1, overlap)
+
+
+def _second(
+    h: tuple[Tensor, Tensor],
+    w2: tuple[Tensor, Tensor],
+    out_SH: Tensor,
+    alignment: Alignment,
+    tile: Tile,
+    b2: Tensor | None,
+    weights: Tensor | None,
+    overlap: bool,
+) -> None:
+    if tile.roles:
+        specialised_gemm.down(h, w2, out_SH, alignment, tile, weights)
+    else:
+        down(h, w2, out_SH, alignment, tile, b2, weights, overlap)
+
+
 def _by_tiles(
     inputs: Inputs, xq: tuple[Tensor, Tensor], plan: Plan, slots: Slots, out: Tensor, direct: bool
 ) -> dict[str, Tensor]:
@@ -115,19 +163,19 @@ def _by_tiles(
     P, w1 = alignment.sorted_slots.numel(), (inputs.w1, inputs.w1_scale)
     if requantises(first, p.act, q.group[1]):
         hq = code_rows(q, P, p.I, out.device)
-        gate_up_act(xq, w1, hq, alignment, first, slots.K, p.act, out.dtype, inputs.b1, overlap)
+        _first(xq, w1, hq, alignment, first, slots.K, p.act, out.dtype, inputs.b1, overlap)
     else:
         h = torch.empty(P, p.I, dtype=out.dtype, device=out.device)
-        gate_up_act(xq, w1, (h, None), alignment, first, slots.K, p.act, out.dtype, inputs.b1, overlap)
+        _first(xq, w1, (h, None), alignment, first, slots.K, p.act, out.dtype, inputs.b1, overlap)
         hq = quantise_rows(h, q, alignment.num_padded, overlap)
     w2 = (inputs.w2, inputs.w2_scale)
     if direct and p.scale_on_sum == 1.0 and not p.inplace:
         # Before GEMM2: in the shadow of a tail, and never between two kernels that overlap.
         weights = None if p.weight_on_input else inputs.topk_weights[:, 0]
         clear_dead(out, slots)
-        down(hq, w2, out, alignment, second, inputs.b2, weights)
+        _second(hq, w2, out, alignment, second, inputs.b2, weights, False)
         return shown
     y = torch.empty(p.T, p.slots, p.H, dtype=out.dtype, device=out.device)
-    down(hq, w2, y.flatten(0, 1), alignment, second, inputs.b2, None, overlap)
+    _second(hq, w2, y.flatten(0, 1), alignment, second, inputs.b2, None, overlap)
     _combine(inputs, slots, y, out, overlap)
     return shown | {"y": y}

@@ -8,7 +8,8 @@ thread that multiplies it.
 
 A pair of codes becomes a pair of bf16 by moving sign and magnitude to their places. What the magnitude's exponent and mantissa
 bit then mean is the value times 2^-126, subnormal codes as subnormal numbers; a product with 2^126 and one with the group's
-power of two put that right, both exact (bf16 has float32's range).
+power of two put that right, both exact (bf16 has float32's range). Where all scales of a tensor are 2 at most, as trained ones
+are, it is one product.
 """
 
 # Device code has no annotations: Triton gives its arguments their types at each launch.
@@ -19,6 +20,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from moeproof.optimized.align import Alignment
 from moeproof.optimized.fused_gemm import _activation
@@ -37,48 +39,65 @@ CHUNK = tl.constexpr(128)
 GROUP = tl.constexpr(32)
 
 
-def _assembly(r: int) -> str:
-    """Two words and a pair of bf16 factors -> plane r of both words, as a pair of bf16.
+def _assembly(r: int, low: bool) -> str:
+    """Two words and a pair of bf16 factors -> plane r of both words, as a pair of bf16. With `low`, 2^126 is in the factors.
 
-    prmt takes the halves that hold code r; in each, its sign goes to bit 15 and its magnitude to bits 8..6.
+    prmt takes the halves that hold code r. One product moves it to two places at once, 6 bits apart, without a carry: in one
+    its sign is bit 15, in the other its magnitude bits 8..6.
     """
-    up = 12 - 4 * (r % 4)
-    to_magnitude = f"shl.b32 m, t, {up - 6};" if up >= 6 else f"shr.b32 m, t, {6 - up};"
+    down, even = 8 * (r % 4 // 2), r % 2 == 0
     return f"""{{
-        .reg .b32 t, s, m, one;
+        .reg .b32 t, one;
         mov.b32 one, 0x7E807E80;
         prmt.b32 t, $1, $2, {"0x5410" if r < 4 else "0x7632"};
-        shl.b32 s, t, {up};
-        {to_magnitude}
-        and.b32 m, m, 0x01C001C0;
-        lop3.b32 t, s, 0x80008000, m, 0xEA;
-        mul.rn.bf16x2 t, t, one;
+        shr.b32 t, t, {down};
+        and.b32 t, t, {"0x000F000F" if even else "0x00F000F0"};
+        mul.lo.u32 t, t, {"0x1040" if even else "0x104"};
+        and.b32 t, t, 0x81C081C0;
+        {"" if low else "mul.rn.bf16x2 t, t, one;"}
         mul.rn.bf16x2 $0, t, $3;
     }}"""
 
 
-_ASSEMBLY = tuple(_assembly(r) for r in range(8))
-ASSEMBLY = tl.constexpr(_ASSEMBLY)
+ASSEMBLY = tl.constexpr(tuple(_assembly(r, False) for r in range(8)))
+ASSEMBLY_LOW = tl.constexpr(tuple(_assembly(r, True) for r in range(8)))
 
 
 @triton.jit
-def _plane(words, factor, r: tl.constexpr, FMT: tl.constexpr):
+def _plane(words, factor, r: tl.constexpr, LOW: tl.constexpr, FMT: tl.constexpr):
     """bf16 of code r of each word, times its group's factor (bf16). FMT: the codes' format in the interpreter, which knows no
     assembly."""
     if FMT is not None:
-        value = decode((words >> (4 * r)) & 15, FMT).to(tl.bfloat16) * factor
+        value = (decode((words >> (4 * r)) & 15, FMT) * (2.0**-126 if LOW else 1.0)).to(tl.bfloat16) * factor
     else:
         value = tl.inline_asm_elementwise(
-            ASSEMBLY[r], "=r,r,r,r", [words, factor], dtype=tl.bfloat16, is_pure=True, pack=2
+            ASSEMBLY_LOW[r] if LOW else ASSEMBLY[r], "=r,r,r,r", [words, factor], dtype=tl.bfloat16, is_pure=True, pack=2
         )  # fmt: skip
     return value
 
 
 @triton.jit
-def _power(code):
-    """bf16 2^(code - 127) of e8m0 codes: 0 is a subnormal number, 255 NaN."""
+def _planes(words, factor, LOW: tl.constexpr, FMT: tl.constexpr):
+    """(rows, 8 C) of words (rows, C): plane 0, plane 1, .. Views only, so that a thread keeps what it decoded."""
+    first = tl.join(
+        tl.join(_plane(words, factor, 0, LOW, FMT), _plane(words, factor, 1, LOW, FMT)),
+        tl.join(_plane(words, factor, 2, LOW, FMT), _plane(words, factor, 3, LOW, FMT)),
+    )
+    second = tl.join(
+        tl.join(_plane(words, factor, 4, LOW, FMT), _plane(words, factor, 5, LOW, FMT)),
+        tl.join(_plane(words, factor, 6, LOW, FMT), _plane(words, factor, 7, LOW, FMT)),
+    )
+    return tl.reshape(tl.permute(tl.join(first, second), [0, 4, 3, 2, 1]), [words.shape[0], 8 * words.shape[1]])
+
+
+@triton.jit
+def _power(code, LOW: tl.constexpr):
+    """bf16 2^(code - 127) of e8m0 codes: 0 is a subnormal number, 255 NaN. LOW: 2^(code - 1), of codes up to 128."""
     wide = code.to(tl.int16)
-    bits = tl.where(code == 0, 0x40, tl.where(code == 255, 0x7FC0, wide << 7))
+    if LOW:
+        bits = (wide + 126) << 7
+    else:
+        bits = tl.where(code == 0, 0x40, tl.where(code == 255, 0x7FC0, wide << 7))
     return bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
 
 
@@ -97,15 +116,16 @@ def _unpacked(low, high, shift):
 
 @triton.jit
 def _product(
-    a_m, live, w_n, s_n, shift, inside, K, SCALES: tl.constexpr, SWAP: tl.constexpr,
+    a_m, live, w_n, s_n, shift, inside, K, SCALES: tl.constexpr, LOW: tl.constexpr, SWAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
     """float32 (BLOCK_M, BLOCK_N). a_m, w_n, s_n: pointers to each row's first column, word and scale; columns are neighbours.
 
     Between a word's load and its product stand only operations on elements and views, so that Triton loads it where it is
-    multiplied. Scales come four to a word as well, which can be copied asynchronously (bytes cannot); `shifted` ones begin at
-    bit `shift` of a row's first word.
+    multiplied. Swapped, weights come from registers and all planes make one product, whose pieces Triton keeps in flight while
+    it decodes the next step; unswapped they would have to pass through shared memory. Scales come four to a word as well, which
+    can be copied asynchronously (bytes cannot); `shifted` ones begin at bit `shift` of a row's first word.
     """
     WORDS: tl.constexpr = BLOCK_K // CODES
     GROUPS: tl.constexpr = BLOCK_K // GROUP
@@ -115,6 +135,15 @@ def _product(
     a = a_m[:, None] + (j // (CHUNK // CODES) * CHUNK + j % (CHUNK // CODES))[None, :]
     w_at = w_n[:, None] + j[None, :]
     s_at = s_n[:, None] + g[None, :]
+    if SWAP:
+        # No path around the loop: sums that are defined on it would keep products from overlapping.
+        tl.assume(K > 0)
+    # All planes of a step, one behind the other: where their columns lie in a permuted row.
+    k = tl.arange(0, BLOCK_K)
+    j_8 = k % WORDS
+    at_8 = k // WORDS * (CHUNK // CODES) + j_8 // (CHUNK // CODES) * CHUNK + j_8 % (CHUNK // CODES)
+    a_8 = a_m[:, None] + tl.max_contiguous(tl.multiple_of(at_8, CHUNK // CODES), CHUNK // CODES)[None, :]
+    real_8 = j_8 // (GROUP // CODES)
     acc = tl.zeros([BLOCK_N, BLOCK_M] if SWAP else [BLOCK_M, BLOCK_N], tl.float32)
     for first in range(0, K, BLOCK_K):
         left = (K - first) // GROUP
@@ -138,17 +167,19 @@ def _product(
                 code = tl.where((tl.arange(0, GROUPS) < left)[None, :], code, 127)
             else:
                 code = _unpacked(low, None, shift)
-        factor = tl.broadcast_to(_power(code)[:, :, None], [BLOCK_N, GROUPS, GROUP // CODES])
+        factor = tl.broadcast_to(_power(code, LOW)[:, :, None], [BLOCK_N, GROUPS, GROUP // CODES])
         factor = tl.reshape(factor, [BLOCK_N, WORDS])
-        for r in tl.static_range(CODES):
-            mask = live[:, None] if EVEN_K else live[:, None] & real[None, :]
-            rows = tl.load(a + r * (CHUNK // CODES), mask=mask, other=0.0)
-            plane = _plane(words, factor, r, FMT)
-            if SWAP:
-                acc = tl.dot(plane, rows.T, acc)
-            else:
-                acc = tl.dot(rows, plane.T, acc)
-        a += BLOCK_K
+        if SWAP:
+            mask = live[:, None] if EVEN_K else live[:, None] & tl.max_constancy(real_8 < left, GROUP // CODES)[None, :]
+            rows = tl.load(a_8, mask=mask, other=0.0)
+            acc = tl.dot(_planes(words, factor, LOW, FMT), rows.T, acc)
+            a_8 += BLOCK_K
+        else:
+            for r in tl.static_range(CODES):
+                mask = live[:, None] if EVEN_K else live[:, None] & real[None, :]
+                rows = tl.load(a + r * (CHUNK // CODES), mask=mask, other=0.0)
+                acc = tl.dot(rows, _plane(words, factor, r, LOW, FMT).T, acc)
+            a += BLOCK_K
         w_at += WORDS
         s_at += GROUPS if SCALES == "bytes" else GROUPS // 4
     if SWAP:
@@ -162,7 +193,7 @@ def _tile(
     stride_ar, stride_we, stride_wn, stride_se, stride_sn, stride_be, stride_bn, stride_or, stride_oc, stride_weight,
     NAME: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
     ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr, LINEAR_BETA: tl.constexpr,
-    SCALES: tl.constexpr, SWAP: tl.constexpr,
+    SCALES: tl.constexpr, LOW: tl.constexpr, SWAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, UNIT: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
@@ -183,7 +214,7 @@ def _tile(
         s_n = w_scale + offset // 4
     acc = _product(
         a + row.to(tl.int64) * stride_ar, live, w + (expert * stride_we + weight_row * stride_wn) * UNIT,
-        s_n, (offset % 4 * 8).to(tl.int32), inside, K, SCALES, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, FMT,
+        s_n, (offset % 4 * 8).to(tl.int32), inside, K, SCALES, LOW, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, FMT,
     )  # fmt: skip
     if bias_eN is not None:
         at = bias_eN + expert * stride_be + weight_row * stride_bn
@@ -218,7 +249,7 @@ def _fused_packed(
     stride_ar, stride_we, stride_wn, stride_se, stride_sn, stride_be, stride_bn, stride_or, stride_oc, stride_weight,
     NAME: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
     ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr, LINEAR_BETA: tl.constexpr,
-    SCALES: tl.constexpr, SWAP: tl.constexpr,
+    SCALES: tl.constexpr, LOW: tl.constexpr, SWAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, PROGRAMS: tl.constexpr, OVERLAP: tl.constexpr, UNIT: tl.constexpr,
     FMT: tl.constexpr,
@@ -233,7 +264,7 @@ def _fused_packed(
                 tl.program_id(0), num_m, num_n, a, w, w_scale, bias_eN, out, weights, sorted_slots, block_expert, num_slots,
                 slots_per_row, N, K, stride_ar, stride_we, stride_wn, stride_se, stride_sn, stride_be, stride_bn,
                 stride_or, stride_oc, stride_weight, NAME, GATED, PACKED, ALPHA, BETA, LIMIT, LINEAR_BETA,
-                SCALES, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, EVEN_N, EVEN_K, UNIT, FMT,
+                SCALES, LOW, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, EVEN_N, EVEN_K, UNIT, FMT,
             )  # fmt: skip
     else:
         for tile in tl.range(tl.program_id(0), num_m * num_n, PROGRAMS):
@@ -241,7 +272,7 @@ def _fused_packed(
                 tile, num_m, num_n, a, w, w_scale, bias_eN, out, weights, sorted_slots, block_expert, num_slots,
                 slots_per_row, N, K, stride_ar, stride_we, stride_wn, stride_se, stride_sn, stride_be, stride_bn,
                 stride_or, stride_oc, stride_weight, NAME, GATED, PACKED, ALPHA, BETA, LIMIT, LINEAR_BETA,
-                SCALES, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, EVEN_N, EVEN_K, UNIT, FMT,
+                SCALES, LOW, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, EVEN_N, EVEN_K, UNIT, FMT,
             )  # fmt: skip
 
 
@@ -277,6 +308,26 @@ def words(w: Tensor) -> Tensor:
     good = w.stride(2) == 1 and w.stride(1) % 4 == 0 and w.stride(0) % 4 == 0 and w.data_ptr() % 4 == 0
     check(good, f"four-bit weights must have neighbours in the last dim and rows that start at words, not strides {w.stride()}")
     return w.view(torch.int32)
+
+
+_lows = WeakTensorKeyDictionary()
+"""Tensor of scales -> (its version, whether all of its codes are LARGEST_LOW at most)."""
+LARGEST_LOW = 128
+"""2^(128 - 1) is the largest power of two in bf16."""
+
+
+def _low(scale: Tensor) -> bool:
+    """Whether the kernel for low scales will do: looked up once for each version of a tensor, since it waits for the GPU.
+
+    Scales that change behind torch's back, or between replays of a graph, must stay low: higher ones give inf and NaN.
+    """
+    if scale.is_inference():
+        return False
+    if scale not in _lows or _lows[scale][0] != scale._version:
+        if scale.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False
+        _lows[scale] = scale._version, bool((scale <= LARGEST_LOW).all())
+    return bool(_lows[scale][1])
 
 
 def _scale_words(scale: Tensor, K: int) -> tuple[str, Tensor]:
@@ -322,7 +373,7 @@ def _launch(
         NAME=act.name if act else "", GATED=act is not None and act.gated, PACKED=act is not None and not act.interleaved,
         ALPHA=(act and act.alpha) or 0.0, BETA=(act and act.beta) or 0.0,
         LIMIT=(act and act.limit) or 0.0, LINEAR_BETA=(act and act.linear_beta) or 0.0,
-        SCALES=how, SWAP=tile.swap, EVEN_N=N % tile.block_n == 0, EVEN_K=K % tile.block_k == 0,
+        SCALES=how, LOW=_low(scale), SWAP=tile.swap, EVEN_N=N % tile.block_n == 0, EVEN_K=K % tile.block_k == 0,
         PROGRAMS=tile.per_sm * processors(a.device), UNIT=unit, FMT=FORMATS["e2m1"] if interpreted() else None,
         **launch_options(overlap), **tile.options,
     )  # fmt: skip

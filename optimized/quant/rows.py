@@ -1,4 +1,5 @@
-"""QUANT1 and QUANT2 of the fused fp8 layer: rows to e4m3 codes by the conversion instruction, one pass, at the speed of memory.
+"""QUANT1 and QUANT2 of the fused fp8 layer: rows to e4m3 codes by the conversion instruction, one pass, at the speed of memory;
+and such rows in sorted order.
 
 The general quantiser (quantise.py) encodes by integer arithmetic and divides by the library, which costs more than the bytes
 it moves. Here a quotient is refined from the reciprocal of its group's scale, and Hopper's own conversion rounds it once.
@@ -13,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from moeproof.optimized.align import Alignment
 from moeproof.optimized.overlap import after_previous, launch_options
 from moeproof.optimized.tiles import interpreted
 from moeproof.reference.contract.errors import check
@@ -33,11 +35,10 @@ def e4m3_codes(value, scale):
     The quotient by the rounded reciprocal is off by two units in the last place at most; two corrections by the exact remainder
     round it as division does (Markstein 1990). Magnitudes at which a remainder would leave float32's range have code 0.
     """
-    inverse = tl.div_rn(1.0 + tl.zeros_like(scale), scale)
+    inverse = tl.div_rn(1.0, scale)
     q = value * inverse
-    inverse = inverse + tl.zeros_like(value)
-    q = tl.fma(tl.fma(-q, scale + tl.zeros_like(value), value), inverse, q)
-    q = tl.fma(tl.fma(-q, scale + tl.zeros_like(value), value), inverse, q)
+    q = tl.fma(tl.fma(-q, scale, value), inverse, q)
+    q = tl.fma(tl.fma(-q, scale, value), inverse, q)
     # The conversion saturates on the GPU; other backends may not.
     q = tl.where(q > LARGEST, LARGEST, tl.where(q < -LARGEST, -LARGEST, q))
     return q.to(tl.float8e4nv)
@@ -46,7 +47,7 @@ def e4m3_codes(value, scale):
 @triton.jit
 def scale_of(largest):
     """The float32 scale of a group by its largest magnitude."""
-    return tl.div_rn(tl.maximum(largest, FLOOR), LARGEST + tl.zeros_like(largest))
+    return tl.div_rn(tl.maximum(largest, FLOOR), LARGEST)
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -69,6 +70,35 @@ def _quantise_rows(
         code = tl.reshape(e4m3_codes(value, scale[:, :, None]), [BLOCK_R, BLOCK_G * WIDTH])
         tl.store(codes + wide * C + column[None, :], code, mask=mask)
         tl.store(scales + wide * G + group[None, :], scale, mask=(row < R)[:, None] & (group < G)[None, :])
+
+
+@triton.jit(do_not_specialize=["num_slots", "slots_per_row"])
+def _sort_rows(
+    codes, out, sorted_slots, num_padded, num_slots, slots_per_row, C, stride_r,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    position = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    if tl.program_id(0) * BLOCK_R < tl.load(num_padded):
+        slot = tl.load(sorted_slots + position)
+        column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+        inside = (column < C)[None, :]
+        row = (slot // slots_per_row).to(tl.int64)[:, None]
+        tile = tl.load(codes + row * stride_r + column[None, :], mask=(slot < num_slots)[:, None] & inside, other=0)
+        tl.store(out + position.to(tl.int64)[:, None] * C + column[None, :], tile, mask=inside)
+
+
+def sort_rows(codes_RC: Tensor, alignment: Alignment, slots_per_row: int) -> Tensor:
+    """(P, C) codes of row slot // slots_per_row at each sorted position in use, zeros in padding: for kernels that read whole
+    blocks of neighbours."""
+    R, C = codes_RC.shape
+    P = alignment.sorted_slots.numel()
+    out = torch.empty(P, C, dtype=codes_RC.dtype, device=codes_RC.device)
+    block_r, block_c = (min(alignment.block_m, 16), 512) if not interpreted() else (alignment.block_m, 4096)
+    _sort_rows[(triton.cdiv(P, block_r), triton.cdiv(C, block_c))](
+        codes_RC.view(torch.uint8), out.view(torch.uint8), alignment.sorted_slots, alignment.num_padded, R * slots_per_row,
+        slots_per_row, C, codes_RC.stride(0), BLOCK_R=block_r, BLOCK_C=min(block_c, triton.next_power_of_2(C)),
+    )  # fmt: skip
+    return out
 
 
 def code_rows(q: Quantiser, R: int, C: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from moeproof.optimized import search
 from moeproof.optimized.plans import Plan
-from moeproof.optimized.tiles import Tile
+from moeproof.optimized.tiles import Tile, interpreted
 from moeproof.optimized.vector import Strip
 from moeproof.reference.contract.problem import Problem
 
@@ -40,13 +40,14 @@ LARGE = (
     *("256x128x128-g4-w8-s3-tma-p1-fast", "128x128x128-g8-w8-s3-fast", "128x128x128-g8-w8-s4-tma-p1-fast"),
 )
 """The tensor core keeps the sum."""
+ROLES = ("128x256x128-g8-w4-s4-tma-p1-roles",)
+"""One warp copies, two groups of warps multiply."""
 PACKED = (
-    *("16x64x256-g1-w4-s3", "16x64x256-g1-w2-s3", "16x64x256-g1-w4-s2", "16x32x256-g1-w2-s4", "16x32x512-g1-w2-s3"),
-    *("16x64x512-g1-w4-s2", "16x128x256-g1-w4-s3", "16x64x128-g1-w2-s5", "16x32x256-g1-w2-s3"),
-    *("16x64x256-g1-w4-s3-swap", "16x64x256-g1-w4-s2-swap", "16x64x512-g1-w4-s2-swap", "16x128x256-g1-w4-s3-swap"),
-    *("32x64x256-g1-w4-s3", "32x64x256-g1-w2-s3", "32x64x256-g1-w4-s3-swap", "32x128x256-g1-w4-s3-swap"),
+    *("16x64x256-g1-w4-s3-swap", "16x64x256-g1-w4-s4-swap", "16x64x128-g1-w4-s5-swap", "16x128x256-g1-w4-s3-swap"),
+    *("16x64x512-g1-w4-s2-swap", "16x64x256-g1-w2-s3", "16x64x512-g1-w4-s2", "16x64x256-g1-w4-s3"),
+    *("32x64x256-g1-w4-s3-swap", "32x64x128-g1-w4-s5-swap", "32x128x256-g1-w4-s3-swap", "32x64x256-g1-w2-s3"),
     *("64x64x256-g1-w4-s3-swap", "64x128x128-g1-w4-s4-swap", "64x64x128-g1-w4-s4-swap", "64x128x128-g1-w8-s4-swap"),
-    *("128x128x128-g4-w8-s3-swap",),
+    *("128x128x128-g4-w8-s3-swap", "128x64x128-g1-w4-s4-swap"),
 )
 """Four-bit weights."""
 STRIPS = (
@@ -62,11 +63,18 @@ def tiles(scheme: str, product: str) -> list[Tile]:
     blocks, first = scheme == "fp8_block", product == "first"
     texts = [*EVERY, *(GROUPS if blocks and first else ()), *(() if blocks else LONG), *LARGE]
     found = [Tile.parse(text) for text in texts]
+    found += [] if interpreted() else _roles(blocks)
     if not first:
         found = [replace(tile, bulk=False) for tile in found]
         if blocks:
-            found = [tile for tile in found if tile.block_n <= 128]  # one scale for the weights of a tile
+            found = [tile for tile in found if tile.block_n <= 128 or tile.roles]  # one scale for the weights of a tile
     return list(dict.fromkeys(found))
+
+
+def _roles(blocks: bool) -> list[Tile]:
+    """Kernels with roles. With scales of blocks they scale every partial sum, and have no weaker one."""
+    plain = [Tile.parse(text) for text in ROLES]
+    return plain if blocks else [*plain, *(replace(tile, fast=True) for tile in plain)]
 
 
 def strips() -> list[Strip]:

@@ -205,6 +205,8 @@ class RankPair:
     """As Pair.taps, in the coordinates of the rows that `apply` got."""
     transports: tuple[str, ...] = ("simulated", "gloo", "symm", "nccl")
     """Links it can use; `symm` means gloo for control and symmetric memory on the group's GPUs."""
+    capturable: bool = False
+    """prepare and finalize can be captured in CUDA graphs, which all ranks then replay equally often."""
     source: str = ""
     """As Candidate.source."""
 

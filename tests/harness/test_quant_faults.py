@@ -108,7 +108,23 @@ def _zero_point_ignored(right: Matrix, _: Any, inputs: Inputs, name: str, expert
     return replace(right, numbers=right.numbers + 1)
 
 
+def _zero_for_least(m: Matrix) -> Matrix:
+    """float32 built by shifting an e8m0 code into the exponent field: code 0 becomes 0, where it means 2^-127."""
+    assert m.scales is not None
+    return replace(m, scales=torch.where(m.scales == 2.0**-127, 0.0, m.scales))
+
+
+def _rows_shifted(right: Matrix, _: Any, name: str, *rest: Any) -> Matrix:
+    return _zero_for_least(right) if name == "gemm1" else right
+
+
+def _weights_shifted(right: Matrix, _: Any, inputs: Inputs, name: str, expert: int) -> Matrix:
+    return _zero_for_least(right) if name == "w2" else right
+
+
 MX = scales.in_x(scales.is_mx)
+LEAST = scales.schemes(lambda s: all(q is not None and scales.is_mx(q) for q in (s.w, s.a1 or s.w)))
+"""Schemes that the exact probe of the least scale is for."""
 FIELD = (
     Field("ties-away", Stage.QUANT1, MX, _ties(2.0**-20), "normal"),
     Field("ties-toward-zero", Stage.QUANT1, MX, _ties(-(2.0**-20)), "normal"),
@@ -138,6 +154,8 @@ FIELD = (
         {"load_weights": _block_from_grid},
         "groups,H=200",
     ),
+    Field("e8m0-zero-in-x", Stage.GEMM1, MX, {"load_rows": _rows_shifted}, "least"),
+    Field("e8m0-zero-in-w2", Stage.GEMM2, LEAST, {"load_weights": _weights_shifted}, "least"),
 )
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from moeproof.harness.cases.case import parse_case
 from moeproof.harness.judging.judge import judge
 from moeproof.harness.verdict import Outcome
+from moeproof.optimized.align import align
 from moeproof.optimized.plans import Plan
 from moeproof.optimized.quant import fused
+from moeproof.optimized.quant.rows import sort_rows
+from moeproof.optimized.slots import Slots
 from moeproof.reference.contract import Candidate, Claims
 
 KINDS = {
@@ -17,6 +21,7 @@ KINDS = {
     "persistent": "64x256x128-g4-w8-s4-tma-p1-bulk 64x128x128-g2-w4-s4-tma-p2-flat",
     "swapped": "16x128x128-g1-w4-s4-swap 16x64x128-g1-w4-s4-tma-swap",
     "in the tensor core": "16x128x128-g1-w4-s4-fast 16x64x128-g1-w4-s4-swap-fast",
+    "roles": "128x256x128-g8-w4-s4-tma-p1-roles 128x256x128-g8-w4-s4-tma-p1-roles",
     "strips": "v64x256-w4-s1 v32x512-w4-s1",
 }
 CASES = (
@@ -60,3 +65,15 @@ def test_no_tokens() -> None:
     for plan in (KINDS["strips"], KINDS["pointers"]):
         inputs = make_inputs(parse_case("T=0,H=128,I=128,E=4,K=2,scheme=fp8_block"))
         assert fused.run_plan(inputs, Plan.parse(plan))["out"].shape == (0, 128)
+
+
+def test_sorted_rows() -> None:
+    """Codes of each position's row, zeros in padding, nothing behind the blocks in use."""
+    ids = torch.tensor([[1, 0], [-1, 1], [0, 1]], dtype=torch.int32)
+    alignment = align(Slots(ids, 2, 2), 16)
+    codes = torch.randint(1, 120, (3, 20), dtype=torch.uint8)
+    got = sort_rows(codes.view(torch.float8_e4m3fn), alignment, 2).view(torch.uint8)
+    want = torch.zeros(32, 20, dtype=torch.uint8)
+    want[[0, 1]], want[[16, 17, 18]] = codes[[0, 2]], codes[[0, 1, 2]]
+
+    assert torch.equal(got[:32], want)

@@ -34,10 +34,13 @@ JUDGED = [
     "T=4,H=64,I=32,E=3,K=2,scheme=nvfp4_encode,shared=24,shared_gate=1,scale_on_sum=2.5,seed=8",
     "T=4,H=64,I=32,E=3,K=2,scheme=nvfp4,layout=batched,inplace=1,act=relu2_no_mul,values=groups,seed=9",
     "T=4,H=64,I=32,E=3,K=2,scheme=mxfp8_up,dtype=fp32,values=groups,routing=zipf,seed=10",
+    "T=4,H=96,I=96,E=3,K=2,scheme=mxfp8,values=least,seed=11",
+    "T=4,H=96,I=96,E=3,K=2,scheme=mxfp4_w4a16,values=least,seed=12",
+    "T=4,H=96,I=96,E=3,K=2,scheme=mxfp4_w4a8_up,layout=batched,values=least,seed=13",
 ]
 
 
-@pytest.mark.parametrize("line", JUDGED, ids=lambda line: line.split("scheme=")[1].split(",")[0])
+@pytest.mark.parametrize("line", JUDGED, ids=lambda line: line.split("scheme=")[1].split(",seed")[0])
 def test_judged(line: str) -> None:
     case, passed = parse_case(line), []
     for candidate in CANDIDATES.values():

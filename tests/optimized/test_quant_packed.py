@@ -13,8 +13,8 @@ from moeproof.harness.cases.case import parse_case
 from moeproof.harness.judging.judge import judge
 from moeproof.harness.verdict import Outcome
 from moeproof.optimized.plans import Plan
-from moeproof.optimized.quant import packed
-from moeproof.optimized.quant.packed_gemm import _assembly
+from moeproof.optimized.quant import packed, packed_gemm
+from moeproof.optimized.quant.packed_gemm import LARGEST_LOW, _assembly, _low
 from moeproof.reference.contract import Candidate, Claims, ContractError
 
 KINDS = {
@@ -45,6 +45,12 @@ def test_kinds(kind: str, line: str) -> None:
     assert verdict.outcome is Outcome.PASS, str(verdict)
 
 
+def test_high_scales(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel for them, where every bit must agree."""
+    monkeypatch.setattr(packed_gemm, "_low", lambda scale: False)
+    test_kinds("weights on the left", CASES[-1])
+
+
 def run_assembly(text: str, words: tuple[int, int], factor: int) -> int:
     """The few PTX instructions that decode a plane, on Python integers."""
     value: dict[str, int] = {"$1": words[0], "$2": words[1], "$3": factor}
@@ -60,15 +66,12 @@ def run_assembly(text: str, words: tuple[int, int], factor: int) -> int:
         elif opcode == "prmt.b32":
             both = a[0] | a[1] << 32
             result = sum((both >> 8 * (a[2] >> 4 * i & 15) & 255) << 8 * i for i in range(4))
-        elif opcode == "shl.b32":
-            result = a[0] << a[1] & 0xFFFFFFFF
+        elif opcode == "mul.lo.u32":
+            result = a[0] * a[1] & 0xFFFFFFFF
         elif opcode == "shr.b32":
             result = a[0] >> a[1]
         elif opcode == "and.b32":
             result = a[0] & a[1]
-        elif opcode == "lop3.b32":
-            assert a[3] == 0xEA
-            result = a[0] & a[1] | a[2]
         else:
             assert opcode == "mul.rn.bf16x2"
             result = _bits(_halves(a[0]) * _halves(a[1]))
@@ -93,10 +96,14 @@ def test_assembly_decodes_every_code(r: int) -> None:
             for scale in (1, 100, 127, 128, 200, 250):
                 noise = 0x9A3C71E5
                 first, second = ((noise & ~(15 << 4 * r)) | c << 4 * r for c in (code, other))
-                got = _halves(run_assembly(_assembly(r), (first, second), (scale << 7) * 0x10001))
                 want = [(-1.0 if c > 7 else 1.0) * table[c & 7] * 2.0 ** (scale - 127) for c in (code, other)]
 
-                assert got.tolist() == want, (code, other, scale)
+                assert _halves(run_assembly(_assembly(r, False), (first, second), (scale << 7) * 0x10001)).tolist() == want
+                if scale <= LARGEST_LOW:
+                    assert (
+                        _halves(run_assembly(_assembly(r, True), (first, second), (scale + 126 << 7) * 0x10001)).tolist()
+                        == want
+                    )
 
 
 def test_weights_that_are_no_words_are_refused() -> None:
@@ -104,3 +111,11 @@ def test_weights_that_are_no_words_are_refused() -> None:
 
     with pytest.raises(ContractError, match="neighbours"):
         words(torch.zeros(2, 32, 64, dtype=torch.uint8).transpose(1, 2))
+
+
+def test_low_scales_are_looked_at_again_when_they_change() -> None:
+    scale = torch.full((2, 4, 3), LARGEST_LOW, dtype=torch.uint8)
+    assert _low(scale)
+    scale[1, 2, 0] = LARGEST_LOW + 1
+
+    assert not _low(scale)
