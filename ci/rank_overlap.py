@@ -8,7 +8,7 @@ fast as it can be with the whole GPU for itself; computation alone; both togethe
 hidden = (communication + computation - both) / the smaller. Two shapes:
 - `layer`: one layer as FusedMoEOverlappedKernel calls it. The first dispatch and the last combine have nothing beside them,
   so where computation takes as long as communication at most half can be hidden.
-- `chain`: four layers as engines run them, half of a micro-batch's computation before its dispatch (attention) and half
+- `chain`: eight layers as engines run them, half of a micro-batch's computation before its dispatch (attention) and half
   between dispatch and combine (experts): each way has the other micro-batch's computation beside it.
 """
 
@@ -37,7 +37,7 @@ from moeproof.reference.eager.ranks_link import GroupLink
 H, K, E = 7168, 8, 64
 INNER = 2048
 """The product that stands for computation is (m, INNER) x (INNER, H)."""
-CHAIN = 4
+CHAIN = 8
 REPLAYS = 8
 STEP = 128
 """Rows of the product, in multiples of its tiles."""
