@@ -71,11 +71,13 @@ template <bool IN_WARP> __device__ float team_max(float x, int lanes, float* acr
     for (int d = 1; d < WARP; d *= 2)
         if (d < lanes) x = fmaxf(x, __shfl_xor_sync(ALL, x, d));
     if (IN_WARP || lanes <= WARP) return x;
-    const int thread = threadIdx.y * blockDim.x + threadIdx.x, warp = thread / WARP;
+    const unsigned thread = threadIdx.y * blockDim.x + threadIdx.x, warp = thread / WARP, warps = lanes / WARP;
     if (thread % WARP == 0) across[warp] = x;
     __syncthreads();
-    const int first = warp / (lanes / WARP) * (lanes / WARP);
-    for (int w = 0; w < lanes / WARP; ++w) x = fmaxf(x, across[first + w]);
+    x = across[(warp & ~(warps - 1)) + (thread & (warps - 1))];
+#pragma unroll
+    for (int d = 1; d < WARP; d *= 2)
+        if (d < static_cast<int>(warps)) x = fmaxf(x, __shfl_xor_sync(ALL, x, d));
     return x;
 }
 
@@ -169,7 +171,9 @@ __device__ void quantise_pack(const Quantise& a, long long row, int i, int count
     } else if constexpr (KNOWN != UNKNOWN) {
         float ratio[N];
         quotients<KNOWN == DIVISION ? DIVIDED : MULTIPLIED>(x, scale, ratio);
-        store_codes<FORMAT == E2M1 ? 2 : 1, WHOLE>(a, row, i, count, encode_all<FORMAT, N>(ratio, a.top));
+        // What is divided by its own group's maximum is not above the top, or rounds to it.
+        constexpr bool CLAMPED = KNOWN == MX;
+        store_codes<FORMAT == E2M1 ? 2 : 1, WHOLE>(a, row, i, count, encode_all<FORMAT, N, CLAMPED>(ratio, a.top));
     } else {
         // One choice for a pack: made for each element, it would cost as much as the division.
         float ratio[N];
