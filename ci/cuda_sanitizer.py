@@ -23,7 +23,7 @@ from moeproof.harness import modes
 from moeproof.harness.cases.case import parse_case
 from moeproof.harness.cases.inputs import make_inputs
 from moeproof.optimized.align import Alignment
-from moeproof.optimized.cuda import dispatch, grouped_gemm, quant_stages, stages
+from moeproof.optimized.cuda import activation, combine, dispatch, grouped_gemm, quant_stages, quantise, stages
 from moeproof.optimized.cuda.align import batch_rows
 from moeproof.optimized.quant.gemm import Rows
 from moeproof.optimized.slots import Slots
@@ -45,6 +45,9 @@ CASES = (
     "T=9,H=1152,I=96,E=5,K=2,scheme=int8_token,routing=minus1",
     "T=9,H=288,I=160,E=5,K=2,scheme=mxfp4_w4a4,act=swigluoai,strided=1",
     "T=5,H=64,I=48,E=8,K=2,router=softmax:bias:zero_experts=4:scale=6",
+    # Batches that take the quantisers of many rows.
+    "T=2100,H=1160,I=512,E=4,K=2,scheme=fp8_token,routing=minus1",
+    "T=2100,H=1024,I=512,E=4,K=2,scheme=mxfp4_w4a4",
 )
 
 
@@ -97,8 +100,23 @@ QUANT = replace(quant_stages.CUDA, gemm1=_move_scaled, gemm2=_move_scaled)
 def _once(inputs: Inputs) -> None:
     slots = Slots(inputs.topk_ids, inputs.problem.weight_experts, inputs.w1.size(0), inputs.expert_map)
     shown = stages.run(inputs, PLAIN) if inputs.problem.scheme == "none" else quant_stages.run(inputs, QUANT)
-    batch_rows(slots, 4)
     dispatch.clear_dead(shown["y"].flatten(0, 1), slots)
+    _in_regions(inputs, slots)
+
+
+def _in_regions(inputs: Inputs, slots: Slots) -> None:
+    """The stages of the batched layout, in regions that some experts' rows overflow."""
+    p, x, capacity = inputs.problem, inputs.hidden_states, 4
+    rows, counts = batch_rows(slots, capacity)
+    R = inputs.w1.size(0) * capacity
+    regions = torch.empty(R, x.size(1), dtype=x.dtype, device=x.device)
+    dispatch.move_rows(x, regions, slots.K, rows=rows)
+    gate_up, h = (torch.empty(R, width, dtype=x.dtype, device=x.device) for width in (p.N, p.I))
+    gate_up = _ones(R, gate_up)
+    activation.activate(gate_up, h, p.act, counts=counts)
+    if p.scheme != "none" and p.quant.a2 is not None:
+        quantise.quantise(gate_up, p.quant.a2, p.fmt, act=p.act, counts=counts)
+    combine.combine(regions, inputs.topk_weights, slots, torch.empty_like(x, memory_format=torch.contiguous_format), rows=rows)
 
 
 def watched(fault: str, cases: int) -> None:

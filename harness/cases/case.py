@@ -187,15 +187,17 @@ class Case:
 
     def _check_relation(self) -> None:
         p = self.problem
+        shared = [q for q in (p.quant.a1, p.quant.a2) if q is not None and not q.by_token and not q.static]
         if self.relation == "relabel":
             check(p.ep == 1, "relation=relabel needs every expert's weights here: ep=1")
+            one = f"scheme {p.scheme} has one scale for all that a rank computes"
+            check(self.ranks == 1 or not shared, f"relation=relabel: {one}, and other experts would be on it")
         if self.relation == "double":
             linear = not (p.weight_on_input or p.shared or p.latent_norm)
             check(linear, "relation=double needs a result linear in the weights: no weight_on_input, shared or latent_norm")
         if self.relation == "duplicate":
             check(not p.capacity, "relation=duplicate doubles the rows: it needs capacity=0")
         if self.relation == "split":
-            shared = [q for q in (p.quant.a1, p.quant.a2) if q is not None and not q.by_token and not q.static]
             check(not shared, f"relation=split: scheme {p.scheme} has one scale for all tokens, which half of them change")
         if self.relation == "ranks":
             check(self.ranks > 1, "relation=ranks moves tokens from rank to rank: it needs ranks > 1")

@@ -24,10 +24,11 @@ struct Slots {
         return {both.x, both.y};
     }
 
+    __device__ bool flat() const { return stride_k == 1 && stride_t == K; }
+
     // Slots number fewer than 2^31 (slots.py): one 32-bit division. Offsets do not fit 32 bits.
     __device__ Raw raw(unsigned slot) const {
-        const bool flat = stride_k == 1 && stride_t == K;
-        const long long at = flat ? slot : slot / K * stride_t + slot % K * stride_k;
+        const long long at = flat() ? slot : slot / K * stride_t + slot % K * stride_k;
         return raw_at(at);
     }
 
@@ -67,9 +68,15 @@ struct Slots {
     template <int N> __device__ void locals(int first, int step, int end, int (&local)[N]) const {
         Raw r[N];
 #pragma unroll
-        for (int j = 0; j < N; ++j) {
-            r[j] = {-1, -1};
-            if (first + j * step < end) r[j] = raw(first + j * step);
+        for (int j = 0; j < N; ++j) r[j] = {-1, -1};
+        if (flat()) {
+#pragma unroll
+            for (int j = 0; j < N; ++j)
+                if (first + j * step < end) r[j] = raw_at(first + j * step);
+        } else {
+#pragma unroll
+            for (int j = 0; j < N; ++j)
+                if (first + j * step < end) r[j] = raw(first + j * step);
         }
         locals_of(r, local);
     }

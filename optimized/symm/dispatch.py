@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from moeproof.optimized.symm.room import kept_within
 from moeproof.optimized.symm.signals import FAILED, FINE, LATE, field, last_to_arrive, meet
 
 ROWS_GO_OUT = tl.constexpr(0)
@@ -43,7 +44,7 @@ def _put(taken, arenas, offset, at, first, words, going, WORD: tl.constexpr, RAN
 def _dispatch(
     arenas, own, state, notice, group_of, local_experts, going_T, tally, counts,
     at_signals, at_notices, at_tokens, at_counts, at_ids, at_weights, at_scales, at_rows,
-    most, K, E, LOCAL, row_words, scale_words, me,
+    most, max_rows, K, E, LOCAL, row_words, scale_words, me,
     rows, scales, ids, weights, stride_row, stride_scale, stride_id, stride_idk, stride_w, stride_wk,
     T, refused, limit, dry,
     RANKS: tl.constexpr, TP: tl.constexpr, SLOTS: tl.constexpr, EXPERTS: tl.constexpr, WORD: tl.constexpr,
@@ -116,4 +117,4 @@ def _dispatch(
         total = tl.full([EXPERTS], 0, tl.int32)
         for r in tl.static_range(RANKS):
             total += tl.load(field(own, at_counts, tl.int32) + r * LOCAL + e, mask=e < LOCAL, other=0)
-        tl.store(counts + e, total, mask=e < LOCAL)
+        tl.store(counts + e, kept_within(total, max_rows, own, state, notice, at_notices, me, EXPERTS), mask=e < LOCAL)

@@ -53,8 +53,8 @@ FAULTS = (
     Fault(
         "combine.sums_unwritten",
         "combine.cu",
-        "return slots.local_of(id) >= 0 ? static_cast<int>(slot) : DEAD;",
-        "return static_cast<int>(slot);",
+        "return slots.local_of(id) >= 0 ? slot : DEAD;",
+        "return slot;",
         "T=17,H=56,I=48,E=60,K=6,routing=minus1",
         "P65",
         "cuda",
@@ -77,8 +77,8 @@ FAULTS = (
     Fault(
         "combine.int32_offset",
         "combine.cu",
-        "y + at[j] * a.stride_ys",
-        "y + static_cast<int>(at[j] * a.stride_ys)",
+        "y + static_cast<uint64_t>(static_cast<unsigned>(at[j])) * pitch;",
+        "y + static_cast<unsigned>(at[j] * pitch);",
         WIDE,
         "P64",
     ),
@@ -141,8 +141,8 @@ FAULTS = (
     Fault(
         "align.last_slot_lost",
         "slots.cuh",
-        "if (first + j * step < end) r[j]",
-        "if (first + j * step < end - 1) r[j]",
+        "if (first + j * step < end) r[j] = raw_at(",
+        "if (first + j * step < end - 1) r[j] = raw_at(",
         stands_for="P35",
     ),
     Fault(
@@ -207,7 +207,7 @@ FAULTS = (
         "T=1100,H=16,I=8,E=60,K=8",
         "P35",
     ),
-    Fault("slots.int32_offset", "slots.cuh", "const long long at = flat", "const int at = flat", WIDE, "P40"),
+    Fault("slots.int32_offset", "slots.cuh", "const long long at = flat()", "const int at = flat()", WIDE, "P40"),
     # DISPATCH
     Fault(
         "dispatch.weight_dropped",

@@ -117,6 +117,20 @@ def test_two_micro_batches_give_the_bits_of_one_call(pools: dict[int, RankPool],
             assert all(torch.equal(a["out"], b["out"]) for a, b in zip(plain, halves, strict=True))
 
 
+def test_many_slots_take_the_places_of_few(pools: dict[int, RankPool]) -> None:
+    """Where every program would have to count too much, places are found before rows move."""
+    lines = [line_for("symm-batched", 2, extra) for extra in ("routing=uniform", "routing=dup,seed=9")]
+    runs = [pools[2].run(functions.calls, name, lines) for name in ("symm-batched", "many slots")]
+
+    assert all(run.ok for run in runs), runs
+    for few, many in zip(*(run.results for run in runs), strict=True):
+        for a, b in zip(few, many, strict=True):
+            live = [(e, int(n)) for e, n in enumerate(a["expert_num_tokens"])]
+            assert torch.equal(a["expert_num_tokens"], b["expert_num_tokens"])
+            assert all(torch.equal(a["rows"][e, :n], b["rows"][e, :n]) for e, n in live)
+            assert torch.equal(a["out"], b["out"])
+
+
 def test_rows_may_lie_anywhere(pools: dict[int, RankPool]) -> None:
     run = pools[2].run(functions.anywhere, NAMES[0], line_for(NAMES[0], 2, "values=normal"))
 
