@@ -103,7 +103,7 @@ OTHERWISE: Axes = {
     "K": (2, 1),
     "router": ("softmax", "sqrtsoftplus:table:renorm=eps/1e-20", "softmax:bias:zero_experts=4:scale=6"),
     "act": ("silu", "silu:limit=1", "gelu"),
-    "scheme": ("none", "fp8_token"),
+    "scheme": ("none", "fp8_token", "mxfp8"),
     "routing": ("uniform", "dup"),
     "ranks": ("1", "2 even"),
 }

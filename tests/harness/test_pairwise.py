@@ -38,6 +38,11 @@ def _own_amax(scheme: str) -> bool:
     return x is not None and not (x.static or x.two_level)
 
 
+def _powers_of_two(scheme: str) -> bool:
+    w, x = SCHEMES[scheme].w, SCHEMES[scheme].a1
+    return w is not None and all(q.scale == "e8m0" for q in (w, x or w))
+
+
 def _groups(ranks: str) -> int:
     """How many expert-parallel groups share the experts."""
     share, world = SHARES.get(ranks, {}), WORLDS.get(ranks, {})
@@ -73,15 +78,20 @@ REASONS: dict[tuple[str, str], tuple[Callable[..., bool], str]] = {
     ),
     ("act", "values"): (
         lambda act, values: (
-            (values in ("sat", "tagged", "pin") and not _saturates(act))
+            (values in ("sat", "tagged", "pin", "least") and not _saturates(act))
+            or (values == "least" and not _act(act).gated)
             or (values == "clamp" and not _act(act).limit)
             or (values == "tail" and not _act(act).name.startswith("gelu"))
         ),
         "the recipe is about something that this activation has not",
     ),
     ("scheme", "values"): (
-        lambda scheme, values: (values == "pin" and scheme == "none") or (values == "codes" and not _own_amax(scheme)),
-        "there are no scales to pin, or x has none by its own amax",
+        lambda scheme, values: (
+            (values == "pin" and scheme == "none")
+            or (values == "codes" and not _own_amax(scheme))
+            or (values == "least" and not _powers_of_two(scheme))
+        ),
+        "there are no scales to pin, or x has none by its own amax, or some are no powers of two",
     ),
     ("scheme", "H"): (_undivided, "groups of the scheme are never short"),
     ("scheme", "I"): (_undivided, "groups of the scheme are never short"),
@@ -97,15 +107,24 @@ REASONS: dict[tuple[str, str], tuple[Callable[..., bool], str]] = {
         "half of the tokens have another scale",
     ),
     ("routing", "logits"): (lambda routing, logits: routing == "router" and logits == "deep", "the weights underflow"),
-    ("values", "I"): (lambda values, columns: values == "pin" and columns < 16, "16 columns hold the pinned codes"),
+    ("values", "H"): (lambda values, H: values == "least" and (H < 96 or H % 32 > 0), "three whole groups of 32"),
+    ("values", "I"): (
+        lambda values, columns: (
+            (values == "pin" and columns < 16) or (values == "least" and (columns < 96 or columns % 32 > 0))
+        ),
+        "16 columns hold the pinned codes; three whole groups of 32",
+    ),
     ("values", "extra"): (
         lambda values, extra: (
-            (extra == "weight_on_input" and values in ("cancel", "tail", "codes", "pin"))
-            or (extra == "latent" and values in ("codes", "pin"))
+            (extra == "weight_on_input" and values in ("cancel", "tail", "codes", "pin", "least"))
+            or (extra == "latent" and values in ("codes", "pin", "least"))
         ),
         "the recipe places x itself, or needs two slots; nothing quantised has a latent width",
     ),
-    ("values", "dtype"): (lambda values, dtype: values == "pin" and dtype == "fp16", "its scales leave fp16's range"),
+    ("values", "dtype"): (
+        lambda values, dtype: values in ("pin", "least") and dtype == "fp16",
+        "their scales leave fp16's range",
+    ),
     ("extra", "ranks"): (lambda extra, ranks: extra == "latent" and " tp" in ranks, "projections lie outside the shards"),
     ("extra", "relation"): (
         lambda extra, relation: relation == "double" and extra in ("weight_on_input", "shared", "shared_gate"),
