@@ -55,8 +55,8 @@ QUANT_STRIP_CASES = (
 ROLES_CASES = (
     "T=300,H=384,I=256,E=3,K=2",
     "T=70,H=256,I=128,E=2,K=1,routing=minus1",
-    "T=90,H=128,I=640,E=5,K=3,routing=dup",
-    "T=150,H=256,I=384,E=4,K=2,values=pin,routing=empty",
+    "T=90,H=256,I=640,E=5,K=3,routing=dup",
+    "T=150,H=256,I=384,E=6,K=2,values=pin,routing=empty",
 )
 """Warps have roles only where strips of 128 rows lie in one block of scales. Rings of copies that end in any stage."""
 

@@ -59,6 +59,8 @@ HUGE = (
 )
 KINDS = ("torch", "triton", "cuda")
 WRITE_SECONDS = 20
+PATIENCE = 600.0
+"""Seconds for a case on simulated ranks: slow is no alarm here."""
 STARTS = 3
 """Sets of processes, where one dies."""
 
@@ -213,7 +215,7 @@ def _start(mode: str, names: list[str]) -> None:
 
 def _judge(thing: Candidate | RankPair, case: Case) -> Verdict:
     if isinstance(thing, RankPair):
-        return RankSession(case.ranks, "simulated").judge(thing.name, thing, case)
+        return RankSession(case.ranks, "simulated", PATIENCE).judge(thing.name, thing, case)
     return judge(thing, case)
 
 

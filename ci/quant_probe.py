@@ -404,6 +404,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--scheme", action="append", default=[])
     parser.add_argument("--model", action="append", default=[])
+    parser.add_argument("--only", default="", help="only tiles with this word")
     parser.add_argument("--without", default="", help="leave out tiles with this word")
     parser.add_argument("--tiles-only", action="store_true", help="without the strips of one token")
     parser.add_argument("--jobs", type=int, default=30)
@@ -418,7 +419,8 @@ def main() -> None:
     compiled = [("qwen3", scheme) for scheme in dict.fromkeys(s for _, s in plan)]
     compiled += [("gptoss", scheme) for model, scheme in plan if model == "gptoss"]
     tasks = [(m, s, p, str(t)) for m, s in compiled for p in ("first", "second") for t in tiles(s, p)]
-    bad = {f"{s} {p} {t}" for _, s, p, t in tasks if options.without and options.without in t}
+    left_out = {t for *_, t in tasks if options.only not in t or (options.without and options.without in t)}
+    bad = {f"{s} {p} {t}" for _, s, p, t in tasks if t in left_out}
     tasks = [task for task in tasks if " ".join(task[1:]) not in bad]
     stripped = [] if options.tiles_only else [(m, s) for m, s in plan if has_strips(m, s)]
     tasks += [(m, s, "layer", f"{t}{o}") for m, s in stripped for t in strips() for o in ("", " overlap")]

@@ -57,7 +57,7 @@ CASES = {
 
 
 FIRST = ("none", "fp8_token", "int8_token")
-GROUPS = "T=9,H=40,I=24,E=7,K=3"
+GROUPS = "T=9,H=72,I=40,E=7,K=3"
 """Sizes for those: codes in pairs, and shards of I that a group divides."""
 SPREADS = ("routing=minus1,spread=uneven", "routing=dup,spread=empty", "routing=hot,spread=one")
 
@@ -68,7 +68,7 @@ def cases(pair: RankPair, ranks: int, schemes: bool) -> dict[str, Case]:
     possible = [s for s in FIRST if (case := _case(pair, ranks, f"scheme={s}", GROUPS)) and pair.supports(case.world) is None]
     first = possible[0] if possible else "none"
     for reason, extra in CASES.items():
-        quantised = f"{extra},scheme={first}".replace("values=sat", "values=groups")
+        quantised = f"{extra},scheme={first}".replace("values=sat", "values=hetero")
         if case := _case(pair, ranks, extra) if first == "none" else _case(pair, ranks, quantised, GROUPS):
             found[reason] = case
     for number, (name, scheme) in enumerate(SCHEMES.items() if schemes else ()):
@@ -97,12 +97,18 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, action="append", help="may be repeated; 2, 3 and 4 by default")
     parser.add_argument("--deadline", type=float, default=30.0)
     parser.add_argument("--backend", default="", help="only pairs of this backend: torch, triton or cuda")
+    parser.add_argument("--layout", default="", help="only pairs of this layout: standard or batched")
+    parser.add_argument("--pairs", nargs="+", default=[], help="only pairs of these names")
     parser.add_argument("--crossed", action="store_true", help="each pair with each single-rank pair's experts instead")
     parser.add_argument("--schemes", action="store_true", help="also a case of every scheme that quantises")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     command.settle(options.transport, "auto")
-    pairs = [p for p in (find_crossed_pairs() if options.crossed else find_rank_pairs()) if options.backend in ("", p.backend)]
+    pairs = find_crossed_pairs() if options.crossed else find_rank_pairs()
+    pairs = [p for p in pairs if options.backend in ("", p.backend) and options.layout in ("", p.layout)]
+    pairs = [p for p in pairs if not options.pairs or p.name in options.pairs]
+    if options.crossed:
+        pairs = [p for p in pairs if options.transport in p.transports]
     outcomes: dict[str, Counter[str]] = {}
     not_run, wrong = Counter[str](), []
     checked, longest, start = 0, 0.0, time.monotonic()

@@ -32,7 +32,8 @@ def us(call: bench_timer.Call) -> float:
     return bench_timer.Graph([call] * 20).time(0.02, most=20, rest=0.0).us
 
 
-SHAPES = ((1024, 4), (1024, 2), (512, 2), (512, 1), (256, 1), (128, 1))
+PARTS = (1024, 2048, 4096, 8192)
+SHAPES = ((1024, 4), (512, 4), (256, 1), (128, 1))
 """(scores, warps) of a router's program that are tried."""
 
 
@@ -45,13 +46,23 @@ def routed(logits: Tensor, router: Router, bias: Tensor | None, shape: tuple[int
         router_module.SCORES, router_module.WARPS = usual
 
 
-def sorted_by(slots: Slots, block_m: int, limit: int, overlap: bool) -> Tensor:
-    """With one launch up to `limit` slots."""
-    usual, align_small.SLOTS = align_small.SLOTS, limit
+def sorted_by(slots: Slots, block_m: int, limit: int, part: int) -> Tensor:
+    """With one launch up to `limit` slots, which counts `part` of them at once."""
+    usual = align_small.SLOTS, align_small.PART
+    align_small.SLOTS, align_small.PART = limit, part
     try:
-        return align(slots, block_m, overlap).num_padded
+        return align(slots, block_m).num_padded
     finally:
-        align_small.SLOTS = usual
+        align_small.SLOTS, align_small.PART = usual
+
+
+def together(logits: Tensor, block_m: int, y: Tensor, out: Tensor) -> Tensor:
+    """All three in a row, each set up while the one before it runs."""
+    ids, weights = route(logits, Router.parse(ROUTERS["softmax"]), K)
+    slots = Slots(ids, E, E)
+    align(slots, block_m, True)
+    combine(y, weights, slots, out, overlap=True)
+    return out
 
 
 def reduced(y: Tensor, weights: Tensor, slots: Slots, out: Tensor) -> Tensor:
@@ -72,12 +83,15 @@ def at(T: int, gbs: float) -> dict[str, float]:
         for shape in dict.fromkeys((now, *(SHAPES if T in (1, 64, 1024) else ()))):
             own = us(functools.partial(routed, logits, router, bias if router.bias else None, shape))
             row[name if shape == now else f"{name} {shape[0]}/{shape[1]}"] = own
-    for name, limit in (("align, one launch", 8192), ("align, two launches", 0)):
-        for overlap in (False, True):
-            row[name + ", overlap" * overlap] = us(functools.partial(sorted_by, slots, block_m, limit, overlap))
+    for part in PARTS:
+        if part == align_small.PART or part < T * K:
+            own = us(functools.partial(sorted_by, slots, block_m, 8192, part))
+            row["align, one launch" if part == align_small.PART else f"align, one launch, {part} at once"] = own
+    row["align, two launches"] = us(functools.partial(sorted_by, slots, block_m, 0, align_small.PART))
     row["align"] = row["align, one launch" if T * K <= align_small.SLOTS else "align, two launches"]
     row["combine"] = us(functools.partial(reduced, y, weights, slots, out))
     row["combine at copy bandwidth"] = (2 * (y.numel() + out.numel()) + 8 * T * K) / (gbs * 1e3)
+    row["in a row"] = us(functools.partial(together, logits, block_m, y, out))
     row["all three"] = row["softmax"] + row["align"] + row["combine"]
     return {name: round(value, 2) for name, value in row.items()}
 

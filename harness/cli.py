@@ -132,6 +132,9 @@ def bench(
     tokens: Tokens = None,
     routing: Routings = None,
     kind: Annotated[list[str] | None, typer.Option(help="bf16, fp16, fp8b, fp8c or mxfp4; several are run in turn.")] = None,
+    layout: Annotated[
+        str, typer.Option(help="standard, or batched: for pairs; regions of T * K rows, partly filled.")
+    ] = "standard",
     dtype: Annotated[str, typer.Option(help="With --ranks: bf16 or fp16.")] = "bf16",
     peers: Annotated[Path | None, typer.Option(help="CSV of stored times that readings are held against.")] = None,
     seconds: Annotated[float, typer.Option(help="Time of one candidate's replays at one point, about.")] = 0.15,
@@ -169,7 +172,7 @@ def bench(
     few = tuple(tokens or ([4] if small else []))
     works = []
     for one in kind or ["bf16"]:
-        works += bench_points.grid(tuple(model or ()), few, tuple(routing or ()), one, small)
+        works += bench_points.grid(tuple(model or ()), few, tuple(routing or ()), one, small, layout)
     readings = timing.measure(chosen, works, device, timing.Options(seconds, stages))
     raise typer.Exit(bench_report.main(readings, known, device, json, output, plot))
 
@@ -255,13 +258,17 @@ def faults(
     classes: Annotated[list[str] | None, typer.Option("--class", help="P01 .. P100, or a name; by default all.")] = None,
     rules: Annotated[bool, typer.Option("--rules", help="Public suites' rules and recipes on the same faults.")] = False,
     gpu: Annotated[bool, typer.Option("--gpu", help="Only what a GPU alone can trigger: streams and captured graphs.")] = False,
+    ask: Annotated[str, typer.Option(help="A check of yours, tests.py:check_moe: which of the faults it lets through.")] = "",
     output: Annotated[Path | None, typer.Option(help="Folder for faults.md and results/faults-cpu.json.")] = None,
     jobs: Jobs = 0,
     json: Json = False,
 ) -> None:
     """Plant the public fault classes one by one, and show what the harness makes of each."""
-    from moeproof.harness.faults import command, gpu_report
+    from moeproof.harness.faults import ask_report, command, gpu_report
 
+    if ask:
+        check(not (rules or gpu or output), "--ask goes with --class and --json only: it writes nothing")
+        raise typer.Exit(ask_report.main(ask, classes or [], json))
     if gpu:
         check(not classes and not rules, "--gpu goes with neither --class nor --rules: it hunts a list of its own")
         raise typer.Exit(gpu_report.main(output, json))

@@ -7,7 +7,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -114,15 +114,23 @@ def _named(name: str, installed: dict[str, Named]) -> Named | None:
     return None
 
 
-def _from_path(spec: str) -> object:
+def load_function(spec: str, what: str) -> Callable[..., object]:
+    """What `package.module:attribute` or `path/to/file.py:attribute` names; `what` says in messages what it was for."""
+    check(":" in spec, f"{what} '{spec}' must be module:attribute or file.py:attribute")
+    thing = _from_path(spec, what)
+    check(callable(thing), f"{what} '{spec}' is a {type(thing).__name__}, must be callable")
+    return thing  # type: ignore[return-value]
+
+
+def _from_path(spec: str, what: str = "candidate") -> object:
     where, _, attribute = spec.rpartition(":")
     try:
         module = _load_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
     except ContractError:
         raise
     except Exception as error:  # whatever the user's module does on import, say it in one line
-        raise ContractError(f"candidate '{spec}': {where} cannot be imported: {error}") from error
-    check(hasattr(module, attribute), f"candidate '{spec}': {where} has no attribute '{attribute}'")
+        raise ContractError(f"{what} '{spec}': {where} cannot be imported: {error}") from error
+    check(hasattr(module, attribute), f"{what} '{spec}': {where} has no attribute '{attribute}'")
     thing: object = getattr(module, attribute)
     return thing
 

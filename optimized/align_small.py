@@ -11,9 +11,12 @@ import triton.language as tl
 
 from moeproof.optimized.overlap import after_previous, launch_options
 from moeproof.optimized.slots import Slots, local_expert
+from moeproof.optimized.tiles import interpreted
 
 SLOTS = 6144
 """Slots at most: beyond this, counting everything again costs more than a second launch (12.2 to 10.0 us at 8192, H100)."""
+PART = 2048
+"""Slots counted at once."""
 BLOCKS = 16
 """Row blocks that a program maps and pads, about."""
 
@@ -22,19 +25,25 @@ BLOCKS = 16
 def _align_small(
     sorted_slots, block_expert, num_padded, counts, num_slots, B,
     ids, expert_map, stride_t, stride_k, num_experts, num_local, K,
-    ALL: tl.constexpr, MINE: tl.constexpr, EP: tl.constexpr, MAP: tl.constexpr, STEP: tl.constexpr, BLOCK_M: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    ALL: tl.constexpr, PART: tl.constexpr, MINE: tl.constexpr, EP: tl.constexpr, MAP: tl.constexpr, STEP: tl.constexpr,
+    BLOCK_M: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program p places slots p * MINE .. and fills blocks p * MAP ..; the places of all programs are disjoint."""
     after_previous(OVERLAP)
     first_slot = tl.program_id(0) * MINE
-    every = tl.arange(0, ALL)
-    local = local_expert(every, every < num_slots, ids, expert_map, stride_t, stride_k, num_experts, num_local, K)
-    bins = tl.maximum(local, 0)
-    total = tl.histogram(bins, EP, mask=local >= 0)
+    total = tl.zeros([EP], tl.int32)
     before = tl.zeros([EP], tl.int32)
-    if ALL > MINE:
-        before = tl.histogram(bins, EP, mask=(local >= 0) & (every < first_slot))
+    for first in tl.static_range(0, ALL, PART):
+        some = first + tl.arange(0, PART)
+        local = local_expert(some, some < num_slots, ids, expert_map, stride_t, stride_k, num_experts, num_local, K)
+        bins = tl.maximum(local, 0)
+        counted = tl.histogram(bins, EP, mask=local >= 0)
+        total += counted
+        # Counting costs more than loading: only the part that holds this program's own slots is counted twice.
+        if first + PART <= first_slot:
+            before += counted
+        elif first < first_slot:
+            before += tl.histogram(bins, EP, mask=(local >= 0) & (some < first_slot))
     padded = (total + BLOCK_M - 1) // BLOCK_M * BLOCK_M
     end = tl.cumsum(padded, 0)
     start = end - padded
@@ -76,8 +85,10 @@ def align_small(
     programs = max(triton.cdiv(S, mine), triton.cdiv(B, BLOCKS))
     map_size = triton.next_power_of_2(triton.cdiv(B, programs))
     all_slots = max(triton.next_power_of_2(S), mine)
+    part = min(all_slots, 65536 if interpreted() else PART)
     _align_small[(programs,)](
         sorted_slots, block_expert, num_padded, counts, S, B, *slots.arguments,
-        ALL=all_slots, MINE=mine, EP=ep, MAP=map_size, STEP=min(map_size, max(1, 4096 // max(ep, block_m))), BLOCK_M=block_m,
+        ALL=all_slots, PART=part, MINE=mine, EP=ep, MAP=map_size, STEP=min(map_size, max(1, 4096 // max(ep, block_m))),
+        BLOCK_M=block_m,
         num_warps=min(max(all_slots // 512, 4), 16), **launch_options(overlap, first=True),
     )  # fmt: skip

@@ -97,8 +97,8 @@ FP8_RULE: tuple[tuple[float, Plan], ...] = (
 )
 """The same for schemes fp8_token and fp8_block. A step is one group of scales; twice the registers for sums."""
 PACKED_RULE: tuple[tuple[float, Plan], ...] = (
-    (24, Plan(Tile(16, 64, 256, 1, 4, 3), Tile(16, 64, 256, 1, 4, 3))),
-    (48, Plan(Tile(32, 64, 256, 1, 4, 3), Tile(32, 64, 256, 1, 4, 3))),
+    (24, Plan(Tile(16, 64, 256, 1, 4, 3, swap=True), Tile(16, 64, 256, 1, 4, 3, swap=True))),
+    (48, Plan(Tile(32, 64, 256, 1, 4, 3, swap=True), Tile(32, 64, 256, 1, 4, 3, swap=True))),
     (float("inf"), Plan(Tile(64, 128, 128, 1, 4, 4, swap=True), Tile(64, 128, 128, 1, 4, 4, swap=True))),
 )
 """Four-bit weights and 16-bit rows."""

@@ -20,7 +20,7 @@ FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
 NONE = tl.constexpr(2**30)
 """No expert: above every id."""
 TINY = tl.constexpr(1e-37)
-SCORES, WARPS = 1024, 4
+SCORES, WARPS = 128, 1
 """Of a program: how many scores it holds, and its warps."""
 
 
@@ -111,6 +111,14 @@ def _norm(w, RENORM: tl.constexpr, value: tl.constexpr):
 
 
 @triton.jit
+def _ordered(choice):
+    """int32 that order as float32 do, above -2^31: a warp finds the largest integer in one instruction."""
+    bits = tl.where(choice == 0.0, 0.0, choice).to(tl.int32, bitcast=True)
+    # Magnitudes of negative numbers order the other way round.
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
 def _route(
     logits_TE, correction_bias, table_TK, expert_scale, ids_out, weights_out, T, E,
     stride_t, stride_e, stride_table_t, stride_table_k, multiplier, scale,
@@ -144,29 +152,33 @@ def _route(
     column = tl.arange(0, KP)[None, :]
     ids = tl.zeros([BT, KP], tl.int32)
     weights = tl.zeros([BT, KP], tl.float32)
-    taken = (tl.zeros([BT, GP, SP], tl.int32) + expert[None, :, :]) == NONE
+    lowest = tl.full([], -(2**31), tl.int32)
+    keys = tl.where(exists[None, :, :], _ordered(choice), lowest)
     used = tl.zeros([BT, GP], tl.int32)
-    for k in range(K):
-        rest = tl.where(taken, NEG_INF, choice)
-        best = _best(rest)
-        hit = (rest == best[:, None, None]) & ~taken
+    for k in tl.static_range(K):
+        hit = keys == tl.max(tl.max(keys, 2), 1)[:, None, None]
         pick = tl.min(tl.min(tl.where(hit, expert[None, :, :], NONE), 2), 1)
         if table_TK is not None:
             pick = tl.load(table_TK + t * stride_table_t + k * stride_table_k, mask=real, other=0).to(tl.int32)
         here = expert[None, :, :] == pick[:, None, None]
         if SCORE == "sparsemixer":
+            rest = tl.where(keys == lowest, NEG_INF, choice)
+            best = _best(rest)
             weight = tl.where(best == NEG_INF, 0.0, _sparsemixer_weight(x, rest, best, JITTER_EPS))
-        else:
-            weight = _total(tl.where(here, score, 0.0))
+            weights = tl.where(column == k, weight[:, None], weights)
         ids = tl.where(column == k, pick[:, None], ids)
-        weights = tl.where(column == k, weight[:, None], weights)
-        taken = taken | here
+        keys = tl.where(here, lowest, keys)
         if GROUPS > 0 and KEEP == 0:
             # A fixed quota from every group: a group that has given its share is closed.
             used += tl.max(here.to(tl.int32), 2)
-            taken = taken | (used >= K // GROUPS)[:, :, None]
+            keys = tl.where((used >= K // GROUPS)[:, :, None], lowest, keys)
 
     routed = column < K
+    if SCORE != "sparsemixer":
+        # A table may name no expert.
+        known = routed & (ids >= 0) & (ids < WIDTH)
+        place = tl.where(known, ids // SIZE * SP + ids % SIZE, 0)
+        weights = tl.where(known, tl.gather(tl.reshape(score, [BT, GP * SP]), place, 1), 0.0)
     if SCORE == "softmax_topk":
         weights = tl.where(routed, weights, NEG_INF)
         weights = exp_of_negative(weights - _or_zero(tl.max(weights, 1))[:, None])

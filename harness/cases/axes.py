@@ -57,7 +57,7 @@ AXES: Axes = {
     "scheme": tuple(SCHEMES),
     "routing": tuple(ROUTINGS),
     "values": tuple(name for name in VALUES if name != "sweep"),
-    "T": (0, 1, 2, 3, 7, 9, 15, 17, 31, 33, 65, 127, 129),
+    "T": (0, 1, 2, 3, 7, 9, 15, 17, 31, 33, 63, 65, 127, 129, 130),
     "H": (24, 40, 72, 80, 104, 128, 160),
     "I": (14, 25, 32, 48, 50, 96, 112, 256),
     "logits": tuple(LOGITS),

@@ -37,9 +37,9 @@ QUICK = (
     f"{_PLAIN},routing=none,seed=10",
     f"{_PLAIN},routing=router,router=softmax:renorm=sum,logits=ties,seed=11",
     f"{_PLAIN},router=sigmoid:groups=4/2:top2:renorm=sum,logits=ties,seed=16",
-    "T=0,H=32,I=16,E=4,K=2,seed=12",
+    "T=0,H=32,I=24,E=4,K=2,seed=12",
     "T=1,H=64,I=48,E=5,K=1,history=interleave,seed=13",
-    "T=16,H=64,I=32,E=60,K=6,dtype=fp32,seed=14",
+    "T=16,H=64,I=40,E=60,K=6,dtype=fp32,seed=14",
     "T=17,H=40,I=50,E=12,K=10,routing=minus1,seed=15",
 )
 """Case lines of the quick tier."""

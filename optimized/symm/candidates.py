@@ -8,8 +8,9 @@ from typing import Any
 
 from moeproof.optimized.experts import TritonBatchedExperts, TritonExperts
 from moeproof.optimized.quant import candidates as quant
+from moeproof.optimized.symm.cuts import Cuts
 from moeproof.optimized.symm.layout import Payload
-from moeproof.optimized.symm.overlapped import SymmOverlappedPrepareFinalize
+from moeproof.optimized.symm.overlapped import CUTS, SymmOverlappedPrepareFinalize
 from moeproof.optimized.symm.prepare_finalize import SymmBatchedPrepareFinalize, SymmStandardPrepareFinalize
 from moeproof.reference.contract.candidate import Claims, RankPair
 from moeproof.reference.contract.inputs import Inputs
@@ -34,9 +35,9 @@ def _standard(inputs: Inputs, world: World, link: Link) -> SymmStandardPrepareFi
     return SymmStandardPrepareFinalize(link, world.grid, world.max_tokens, payload(p), p.quant)
 
 
-def _overlapped(inputs: Inputs, world: World, link: Link) -> SymmOverlappedPrepareFinalize:
+def overlapped(inputs: Inputs, world: World, link: Link, cuts: Cuts = CUTS) -> SymmOverlappedPrepareFinalize:
     p = inputs.problem
-    return SymmOverlappedPrepareFinalize(link, world.grid, world.max_tokens, payload(p), p.quant)
+    return SymmOverlappedPrepareFinalize(link, world.grid, world.max_tokens, payload(p), p.quant, cuts)
 
 
 def _batched(inputs: Inputs, world: World, link: Link) -> SymmBatchedPrepareFinalize:
@@ -97,5 +98,5 @@ def rank_pairs() -> list[RankPair]:
                 )
             )
     plain = pairs[0]
-    overlapped = replace(plain, name="symm-standard-overlapped", prepare_finalize=_overlapped, kernel=FusedMoEOverlappedKernel)
-    return [*pairs, overlapped]
+    halves = replace(plain, name="symm-standard-overlapped", prepare_finalize=overlapped, kernel=FusedMoEOverlappedKernel)
+    return [*pairs, halves]

@@ -7,15 +7,12 @@ from dataclasses import replace
 
 import torch
 
-from moeproof.optimized.align import batch_rows
-from moeproof.optimized.dispatch import move_rows
 from moeproof.optimized.prepare_finalize import check_unquantised
 from moeproof.optimized.quant.prepare import quantised_rows
-from moeproof.optimized.quant.quantise import as_bytes
-from moeproof.optimized.slots import Slots
+from moeproof.optimized.symm.arrange import Arrangement
+from moeproof.optimized.symm.cuts import ALONE, Cuts
 from moeproof.optimized.symm.exchange import PATIENCE, Exchange, Received
 from moeproof.optimized.symm.layout import Layout, Payload
-from moeproof.optimized.symm.room import check_room
 from moeproof.reference.contract.errors import ContractError, check
 from moeproof.reference.contract.grid import Grid
 from moeproof.reference.contract.link import Link
@@ -43,7 +40,8 @@ class _Symmetric(FusedMoEPrepareAndFinalize):
         payload: Payload,
         scheme: QuantScheme = UNQUANTISED,
         patience: float = PATIENCE,
-        programs: int | None = None,
+        cuts: Cuts = ALONE,
+        max_rows: int = 2**31 - 1,
         **facts: object,
     ) -> None:
         check(max_num_tokens >= 0, f"max_num_tokens={max_num_tokens} must not be negative")
@@ -51,7 +49,7 @@ class _Symmetric(FusedMoEPrepareAndFinalize):
         self.max_num_tokens = max_num_tokens
         layout = Layout(grid, payload, max(max_num_tokens, 1))
         facts |= {"kind": type(self).__name__, "max tokens": max_num_tokens, "scheme": scheme.name}
-        self.exchange = Exchange(link, layout, facts, patience, programs)
+        self.exchange = Exchange(link, layout, facts, patience, cuts, max_rows)
         self.payload = payload
         self._known_map: Tensor | None = None
         """The expert map that has been looked at: reading it would wait for the device."""
@@ -193,27 +191,23 @@ class SymmStandardPrepareFinalize(_Symmetric):
         apply_router_weight_on_input: bool,
     ) -> None:
         """`fused_expert_output` (R * most, K, hidden); ids and weights as prepare returned them."""
-        lay, p, got = self.exchange.layout, self.payload, self.exchange.received
+        lay, p = self.exchange.layout, self.payload
         weighted = not apply_router_weight_on_input
         self.exchange.check_begun()
-        own = topk_ids is got.ids and topk_weights is got.weights
-        looks = (_looks(output), _looks(fused_expert_output), own, self.exchange.tokens)
-        if looks == self._returned:
-            y = fused_expert_output.view(-1, p.hidden)
-            self.exchange.combine(output, y, topk_ids, topk_weights, weighted)
-            return
-        try:
-            self.check_output(output, topk_weights)
-            want = (lay.rows, p.slots, p.hidden)
-            shape = tuple(fused_expert_output.shape)
-            check(shape == want, f"fused_expert_output is {shape}, must be {want}")
-            check(
-                tuple(topk_ids.shape) == want[:2] and topk_weights.shape == topk_ids.shape,
-                "finalize got ids that the last prepare did not return; they replace the router's",
-            )
-        except ContractError as error:
-            raise self.exchange.fail(str(error)) from None
-        self._returned = looks if own and fused_expert_output.is_contiguous() else ()
+        looks = (_looks(output), _looks(fused_expert_output), _looks(topk_weights), _looks(topk_ids), self.exchange.tokens)
+        if looks != self._returned:
+            try:
+                self.check_output(output, topk_weights)
+                want = (lay.rows, p.slots, p.hidden)
+                got = tuple(fused_expert_output.shape)
+                check(got == want, f"fused_expert_output is {got}, must be {want}")
+                check(
+                    tuple(topk_ids.shape) == want[:2] and topk_weights.shape == topk_ids.shape,
+                    "finalize got ids that the last prepare did not return; they replace the router's",
+                )
+            except ContractError as error:
+                raise self.exchange.fail(str(error)) from None
+            self._returned = looks
         y = fused_expert_output.contiguous().view(-1, p.hidden)
         self.exchange.combine(output, y, topk_ids.contiguous(), topk_weights.contiguous(), weighted)
 
@@ -227,12 +221,11 @@ class SymmBatchedPrepareFinalize(_Symmetric):
 
     def __init__(self, link: Link, grid: Grid, max_rows: int, max_num_tokens: int, payload: Payload, **more: object) -> None:
         check(max_rows >= 1, f"max_rows={max_rows} must be at least 1")
-        super().__init__(link, grid, max_num_tokens, payload, **{"rows per expert": max_rows, **more})  # type: ignore[arg-type]
+        facts = {"rows per expert": max_rows, **more}
+        super().__init__(link, grid, max_num_tokens, payload, max_rows=max_rows, **facts)  # type: ignore[arg-type]
         self.max_rows = max_rows
-        self._places: Tensor | None = None
-        """int32 (R * most * K,): row of each arrived slot in the batched layout, -1 where it has none."""
-        self._weights: Tensor | None = None
-        self._arrange(self.exchange.nothing_received())  # loads the kernels of this layout too, before any rank waits
+        self._arrange = Arrangement(self.exchange, len(self._local), max_rows, self._map)
+        self._arrange()  # loads the kernels of this layout too, before any rank waits
 
     def prepare(
         self,
@@ -247,27 +240,10 @@ class SymmBatchedPrepareFinalize(_Symmetric):
     ) -> Prepared:
         """(rows (e, max_rows, .), scales (e, max_rows, G), (e, 1, 1) or None, counts int32 (e,), None, None)."""
         got = self.send(a1, a1_scale, a2_scale, topk_weights, topk_ids, num_experts, expert_map, apply_router_weight_on_input)
-        rows, scales, self._places = self._arrange(got)
-        self._weights = got.weights
+        rows, scales = self._arrange()
+        if scales is None and got.scales is not None:
+            scales = got.scales.expand(len(self._local), 1, 1)
         return rows, scales, got.counts, None, None
-
-    def _arrange(self, got: Received) -> tuple[Tensor, Tensor | None, Tensor]:
-        """(rows and scales in the batched layout, places)."""
-        e = len(self._local)
-        places, _ = batch_rows(Slots(got.ids, self.grid.experts, e, self._map), self.max_rows)
-        check_room(self.exchange, got.counts, self.max_rows)
-        scales = got.scales
-        if self.payload.scale_columns and scales is not None:
-            scales = self._placed(scales, places)
-        elif scales is not None:
-            scales = scales.expand(e, 1, 1)
-        return self._placed(got.rows, places), scales, places
-
-    def _placed(self, column: Tensor, places: Tensor) -> Tensor:
-        """(R * most, .) as arrived -> (e, max_rows, .)."""
-        out = torch.empty(len(self._local), self.max_rows, column.size(1), dtype=column.dtype, device=column.device)
-        move_rows(as_bytes(column), as_bytes(out).flatten(0, 1), self.payload.slots, rows=places)
-        return out
 
     def finalize(
         self,
@@ -278,20 +254,21 @@ class SymmBatchedPrepareFinalize(_Symmetric):
         apply_router_weight_on_input: bool,
     ) -> None:
         """`fused_expert_output` (e, max_rows, hidden). Weights are those that travelled with the tokens."""
-        p = self.payload
-        places, weights = self._places, self._weights
-        self._places = self._weights = None
+        p, got = self.payload, self.exchange.received
+        weighted = not apply_router_weight_on_input
         self.exchange.check_begun()
-        try:
-            self.check_output(output, topk_weights)
-            want = (len(self._local), self.max_rows, p.hidden)
-            got = tuple(fused_expert_output.shape)
-            check(got == want, f"fused_expert_output is {got}, must be {want}")
-        except ContractError as error:
-            raise self.exchange.fail(str(error)) from None
-        assert places is not None and weights is not None, "prepare left them"
+        looks = (_looks(output), _looks(fused_expert_output), topk_weights.dim(), self.exchange.tokens)
+        if looks != self._returned:
+            try:
+                self.check_output(output, topk_weights)
+                want = (len(self._local), self.max_rows, p.hidden)
+                shape = tuple(fused_expert_output.shape)
+                check(shape == want, f"fused_expert_output is {shape}, must be {want}")
+            except ContractError as error:
+                raise self.exchange.fail(str(error)) from None
+            self._returned = looks
         y = fused_expert_output.contiguous().view(-1, p.hidden)
-        self.exchange.combine(output, y, places, weights, not apply_router_weight_on_input, places)
+        self.exchange.combine(output, y, got.ids, got.weights, weighted, self._arrange.places)
 
 
 def _looks(t: Tensor) -> tuple[object, ...]:

@@ -159,7 +159,7 @@ def test_pairs_that_need_no_gpu_and_no_ranks_are_in_cases_that_need_neither() ->
 
 def test_each_axis_has_what_the_catalogue_asks_of_it() -> None:
     """Boundaries of tiles, experts beyond a warp and no power of two, every scheme, several ranks, every history."""
-    assert {0, 1, 2, 3, 7, 9, 15, 17, 31, 33, 65, 127, 129} <= set(AXES["T"])
+    assert {0, 1, 2, 3, 7, 9, 15, 17, 31, 33, 63, 65, 127, 129, 130} == set(AXES["T"])
     assert max(map(int, AXES["E"])) > 128 and {1, 2, 5, 12, 60} <= set(AXES["E"])  # type: ignore[call-overload]
     assert {1, 16} <= set(AXES["K"]) and set(AXES["scheme"]) == set(SCHEMES)
     assert {row_of(case)["history"] for case in covering()} == {"none", "interleave", "stream", "graph"}
@@ -169,7 +169,7 @@ def test_each_axis_has_what_the_catalogue_asks_of_it() -> None:
 
 def test_no_two_dimensions_of_a_case_are_equal() -> None:
     """Equal sizes hide a shape that is read from the wrong dim. Up to 3 a size is a boundary in itself, in whatever dim."""
-    for case in covering():
+    for case in (*covering(), *cases_of("default")):
         p = case.problem
         doubled = [p.N, 2 * p.shared] if p.act.gated else []
         sizes = [p.T, p.H, p.I, p.E, p.K, p.latent, p.shared, *doubled]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pipeline
 import pytest
 import torch
@@ -71,3 +73,16 @@ def test_nothing_is_found_in_a_healthy_candidate() -> None:
         return case.routing not in ("beyond", "router") and judge_lean(right, case, "cpu").outcome is Outcome.FAIL
 
     assert search(fails, examples=60, **PLAIN) is None
+
+
+def test_the_search_that_the_docs_show_runs() -> None:
+    """docs/plugging-in.md, with fewer examples and a layer whose output is 1% low."""
+    page = (Path(__file__).parents[2] / "docs" / "plugging-in.md").read_text(encoding="utf-8")
+    code = page.split("## Searching")[1].split("```python\n")[1].split("```")[0]
+    assert "examples=200" in code
+    low = pipeline.Candidate("low", lambda i: (pipeline.Pipeline()(i)["out"].float() * 0.99).to(i.hidden_states.dtype))
+    names: dict[str, object] = {"mine": low}
+    exec(code.replace("examples=200", "examples=10"), names)
+
+    assert isinstance(names["worst"], Case)
+    assert callable(names["test_my_moe"])
