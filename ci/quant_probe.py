@@ -24,14 +24,16 @@ import torch
 
 from moeproof.harness.reports import results
 from moeproof.harness.timing.points import SIZES
+from moeproof.optimized import specialised_gemm
 from moeproof.optimized.align import Alignment, align
 from moeproof.optimized.combine import combine
-from moeproof.optimized.quant import fused_gemm, packed_gemm, specialised_gemm
+from moeproof.optimized.quant import fused_gemm, packed_gemm
 from moeproof.optimized.quant.fused_gemm import down, gate_up_act, requantises
-from moeproof.optimized.quant.rows import code_rows, quantise_rows, sort_rows
+from moeproof.optimized.quant.rows import code_rows, quantise_rows
 from moeproof.optimized.quant.search import SHORT, strips, tiles
 from moeproof.optimized.quant.vector import vector_down, vector_gate_up_act
 from moeproof.optimized.slots import Slots
+from moeproof.optimized.sort_rows import sort_rows
 from moeproof.optimized.tiles import Tile
 from moeproof.optimized.vector import Strip
 from moeproof.reference.contract import SCHEMES, Activation
@@ -149,7 +151,7 @@ class Point:
             codes, scale = self.x
             assert scale is not None
             x = sort_rows(codes, a, self.K), scale
-            specialised_gemm.gate_up_act(x, self.w.w1, h, a, tile, self.K, SILU, BF16)
+            specialised_gemm.gate_up_act(x, self.w.w1, h, a, tile, self.K, self.M * self.K, SILU, BF16)
         else:
             gate_up_act(self.x, self.w.w1, h, a, tile, self.K, SILU, BF16, None, short)  # type: ignore[arg-type]
         return h[0]
