@@ -24,7 +24,6 @@ from moeproof.harness.judging.judge import judge
 from moeproof.harness.judging.pairs import as_candidate, forward
 from moeproof.harness.verdict import Outcome, Verdict
 from moeproof.optimized.cuda import stages, toolkit
-from moeproof.optimized.cuda.build import build_all
 from moeproof.optimized.cuda.candidates import batched_pair, candidate, candidates, quant_candidate
 from moeproof.optimized.cuda.quantise import quantise as cuda_quantise
 from moeproof.optimized.quant.quantise import quantise as triton_quantise
@@ -163,9 +162,10 @@ def planted(name: str) -> Iterator[faults.Fault]:
 
 
 def compile_fault(name: str, arch: str) -> Row:
-    """Put the faulty libraries into the cache, where `hunt` finds them."""
-    with planted(name):
-        return {"libraries": len(build_all([arch]))}
+    """Put the faulty libraries that its case calls into the cache, where `hunt` finds them; the quantiser compiles longest."""
+    with planted(name) as fault:
+        wanted = [stage for stage in toolkit.STAGES if stage != "quantise" or fault.stage == "quantise"]
+        return {"libraries": len([toolkit.build(stage, arch) for stage in wanted])}
 
 
 def hunt(name: str) -> Row:

@@ -1,10 +1,10 @@
 """The fused quantised layers' tables, from the times of single products that ci/quant_probe.py measured.
 
-    PYTHONPATH=src python ci/quant_plans.py PROBE.json .. [--folder optimized]
+    PYTHONPATH=src python ci/quant_plans.py PROBE.json .. [--older PROBE.json ..] [--folder optimized]
 
-Of several probes the first that timed a point speaks for it. A plan is the pair of tiles of one height whose times, with the
-pass that quantises h where GEMM1 cannot, add up to the least. One file a scheme, and one a scheme with the tensor core's own
-sums (`-fast`), in the form that `moeproof tune` writes.
+Probes of one kernel are taken together, an older one only for points that no other timed. A plan is the pair of tiles of one
+height whose times, with the pass that quantises h where GEMM1 cannot, add up to the least. One file a scheme, and one a scheme
+with the tensor core's own sums (`-fast`), in the form that `moeproof tune` writes.
 """
 
 from __future__ import annotations
@@ -89,14 +89,21 @@ def tables(found: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("probe", type=Path, nargs="+")
+    parser.add_argument("--older", type=Path, action="append", default=[])
     parser.add_argument("--folder", type=Path, default=Path("optimized"))
     options = parser.parse_args()
-    probes = [json.loads(path.read_text(encoding="utf-8")) for path in options.probe]
-    how = {key: value for key, value in probes[0].items() if key != "found"}
-    found: list[dict[str, Any]] = []
-    for probe in probes:
-        known = {(f["model"], f["scheme"], f["M"]) for f in found}
-        found += [f for f in probe["found"] if (f["model"], f["scheme"], f["M"]) not in known]
+    probes, older = (
+        [json.loads(path.read_text(encoding="utf-8")) for path in paths] for paths in (options.probe, options.older)
+    )
+    how = {key: probes[0][key] for key in ("command", "device", "versions", "date")}
+    found = [f for probe in probes for f in probe["found"]]
+    known = {(f["model"], f["scheme"], f["M"]) for f in found}
+    found += [
+        f
+        for probe in older
+        for f in (*probe["found"], *probe.get("strips", {}).get("found", ()))
+        if (f["model"], f["scheme"], f["M"]) not in known
+    ]
     for name, table in tables(found).items():
         results.write(options.folder / f"plans_sm90_{name}.json", table | {"made": how})
         print(name, sum(len(row) for row in table["plans"].values()), "plans")

@@ -2,18 +2,20 @@
 
     python ci/rank_overlap.py [--ranks 2] [--tokens 4096 ..] [--ratio 0.5 ..] [--output docs/results/rank-overlap-h100.json]
 
-The pair symm-standard-overlapped carries tokens, as two micro-batches of half of them; a product of bf16 matrices stands for
-what each computes. Three CUDA graphs are timed, median of the replays: communication alone, computation alone (the whole GPU
-is its own), both. hidden = (communication + computation - both) / the smaller. Two shapes:
+The pair symm-standard-overlapped carries tokens, as two micro-batches of half of them; products of bf16 matrices, as wide as
+an expert's second, stand for what each computes. Three CUDA graphs are timed, median of the replays: communication alone, as
+fast as it can be with the whole GPU for itself; computation alone; both together, communication cut so that it leaves room.
+hidden = (communication + computation - both) / the smaller. Two shapes:
 - `layer`: one layer as FusedMoEOverlappedKernel calls it. The first dispatch and the last combine have nothing beside them,
   so where computation takes as long as communication at most half can be hidden.
-- `chain`: four layers as engines run them, half of a micro-batch's computation before its dispatch (attention) and half
+- `chain`: eight layers as engines run them, half of a micro-batch's computation before its dispatch (attention) and half
   between dispatch and combine (experts): each way has the other micro-batch's computation beside it.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import os
 import statistics
@@ -33,14 +35,18 @@ from moeproof.reference.contract import Grid
 from moeproof.reference.eager.ranks_link import GroupLink
 
 H, K, E = 7168, 8, 64
-N = 4096
-"""Columns of the product that stands for computation: (m, H) x (H, N)."""
-CHAIN = 4
+INNER = 2048
+"""The product that stands for computation is (m, INNER) x (INNER, H)."""
+CHAIN = 8
 REPLAYS = 8
 STEP = 128
 """Rows of the product, in multiples of its tiles."""
-CUTS = {f"{kind} {share}": (share, kind == "copies") for kind in ("programs", "copies") for share in (1 / 16, 1 / 8, 1 / 4)}
-"""Share of the multiprocessors that an exchange may take, and whether the copy engines carry what leaves."""
+CUTS = {
+    f"{rows}/{sums} {share}": (share, rows == "copies", sums == "copies")
+    for rows, sums in (("programs", "programs"), ("copies", "programs"), ("copies", "copies"))
+    for share in (3 / 16, 1 / 4, 3 / 8)
+}
+"""What carries rows and sums, programs or the copy engines, and the share of the multiprocessors that programs may take."""
 Act = Callable[[], Any]
 
 
@@ -48,14 +54,17 @@ class Layers:
     """Two micro-batches of this rank's tokens, through one layer or several."""
 
     def __init__(self, context: RankContext, tokens: int, cut: str) -> None:
-        from moeproof.optimized.symm.cuts import beside
+        from moeproof.optimized.symm.cuts import ALONE, beside
         from moeproof.optimized.symm.layout import Payload
         from moeproof.optimized.symm.overlapped import SymmOverlappedPrepareFinalize
 
         device, grid = context.device, Grid(E, context.world_size)
-        share, copies = CUTS[cut]
         self.pf = SymmOverlappedPrepareFinalize(
-            GroupLink(context.group, device), grid, tokens, Payload(H, K, torch.bfloat16, H), cuts=beside(share, copies)
+            GroupLink(context.group, device),
+            grid,
+            tokens,
+            Payload(H, K, torch.bfloat16, H),
+            cuts=beside(*CUTS[cut]) if cut else ALONE,
         )
         draw = torch.Generator().manual_seed(context.rank)
         ids = torch.stack([torch.randperm(E, generator=draw)[:K] for _ in range(tokens)]).int().to(device)
@@ -66,13 +75,12 @@ class Layers:
         self.out = torch.empty_like(x).split(half)
         rows = context.world_size * half
         self.y = [torch.zeros(rows, K, H, dtype=torch.bfloat16, device=device) for _ in range(2)]
-        self.weight = torch.randn(H, N, device=device).bfloat16()
-        self.rows = torch.randn(1, H, device=device).bfloat16()
+        self.weight = torch.randn(INNER, H, device=device).bfloat16()
 
     def set_rows(self, rows: int) -> None:
         """Of each micro-batch's product."""
-        self.rows = torch.randn(rows, H, device=self.weight.device).bfloat16()
-        self.product = self.rows.new_empty(rows, N)
+        self.rows = torch.randn(rows, INNER, device=self.weight.device).bfloat16()
+        self.product = self.rows.new_empty(rows, H)
 
     def compute(self, parts: int = 1) -> None:
         rows = self.rows.size(0) // parts
@@ -137,40 +145,49 @@ def clocked(context: RankContext, layers: Layers, act: Act) -> float:
     return float(link.all_gather(torch.tensor([us], dtype=torch.float64, device=context.device)).max())
 
 
-def measure(context: RankContext, tokens: int, cut: str, ratios: list[float]) -> list[dict[str, Any]]:
-    """One reading for each shape and ratio of computation to communication."""
+SHAPES = {"layer": (1, 1), "chain": (2, CHAIN)}
+"""Parts of a micro-batch's computation, and layers."""
+
+
+def alone(context: RankContext, tokens: int, ratios: list[float]) -> dict[tuple[str, float], tuple[int, float, float]]:
+    """(shape, ratio) -> rows of a micro-batch's product; microseconds of communication, and of computation, by itself."""
     settle(context, None)
-    torch.backends.cuda.preferred_blas_library("cublaslt")
-    layers, found = Layers(context, tokens, cut), []
-    layers.set_rows(4096)
-    per_row = clocked(context, layers, lambda: [layers.compute() for _ in range(4)]) / 4 / 4096
-    for shape, run, parts, count in (("layer", layers.layer, 1, 1), ("chain", layers.chain, 2, CHAIN)):
+    layers, found = Layers(context, tokens, ""), {}
+    layers.set_rows(8192)
+    per_row = clocked(context, layers, lambda: [layers.compute() for _ in range(4)]) / 4 / 8192
+    for shape, (parts, count) in SHAPES.items():
+        run = getattr(layers, shape)
         travel = clocked(context, layers, lambda run=run: run(True, lambda: None))  # type: ignore[misc]
         for ratio in ratios:
             each = ratio * travel / (2 * count) / per_row
             layers.set_rows(max(round(each / (STEP * parts)), 1) * STEP * parts)
-
-            def work(parts: int = parts) -> None:
-                layers.compute(parts)
-
-            computing = clocked(context, layers, lambda run=run: run(False, work))  # type: ignore[misc]
-            for leaving in (False, True):
-                leave(int(CUTS[cut][0] * 132) if leaving else None)
-                both = clocked(context, layers, lambda run=run: run(True, work))  # type: ignore[misc]
-                leave(None)
-                hidden = (travel + computing - both) / min(travel, computing)
-                times = {"communication_us": travel, "computation_us": computing, "both_us": both}
-                found.append(
-                    {"shape": shape, "T": tokens, "cut": cut, "ratio": ratio, "leaving": leaving}
-                    | {name: round(us, 1) for name, us in times.items()}
-                    | {"hidden": round(hidden, 3)}
-                )
+            work = functools.partial(layers.compute, parts)
+            computing = clocked(context, layers, lambda run=run, work=work: run(False, work))  # type: ignore[misc]
+            found[shape, ratio] = layers.rows.size(0), travel, computing
     return found
 
 
-def leave(processors: int | None) -> None:
-    """Products leave so many multiprocessors to others."""
-    torch._C._set_sm_carveout_experimental(processors)
+def together(context: RankContext, tokens: int, cut: str, by_itself: dict[tuple[str, float], tuple[int, float, float]]) -> Any:
+    """A reading for each shape and ratio."""
+    settle(context, None)
+    layers, found = Layers(context, tokens, cut), []
+    for shape, (parts, _) in SHAPES.items():
+        run = getattr(layers, shape)
+        cut_travel = clocked(context, layers, lambda run=run: run(True, lambda: None))  # type: ignore[misc]
+        for (name, ratio), (rows, travel, computing) in by_itself.items():
+            if name != shape:
+                continue
+            layers.set_rows(rows)
+            work = functools.partial(layers.compute, parts)
+            both = clocked(context, layers, lambda run=run, work=work: run(True, work))  # type: ignore[misc]
+            hidden = (travel + computing - both) / min(travel, computing)
+            times = {"communication_us": travel, "so_cut_us": cut_travel, "computation_us": computing, "both_us": both}
+            found.append(
+                {"shape": shape, "T": tokens, "cut": cut, "ratio": ratio, "rows": rows}
+                | {name: round(us, 1) for name, us in times.items()}
+                | {"hidden": round(hidden, 3)}
+            )
+    return found
 
 
 def main() -> int:
@@ -186,8 +203,13 @@ def main() -> int:
     readings, failed = [], 0
     with RankPool(options.ranks, "symm", deadline=options.deadline, record=False) as pool:
         for tokens in options.tokens or (4096, 8192):
+            first = pool.run(alone, tokens, options.ratio or [0.5, 1.0, 2.0])
+            if not first.ok:
+                failed += 1
+                print(tokens, first, flush=True)
+                continue
             for cut in options.cut or CUTS:
-                run = pool.run(measure, tokens, cut, options.ratio or [0.5, 1.0, 2.0])
+                run = pool.run(together, tokens, cut, first.results[0])
                 if not run.ok:
                     failed += 1
                     print(tokens, cut, run, flush=True)

@@ -132,6 +132,9 @@ def bench(
     tokens: Tokens = None,
     routing: Routings = None,
     kind: Annotated[list[str] | None, typer.Option(help="bf16, fp16, fp8b, fp8c or mxfp4; several are run in turn.")] = None,
+    layout: Annotated[
+        str, typer.Option(help="standard, or batched: for pairs; regions of T * K rows, partly filled.")
+    ] = "standard",
     dtype: Annotated[str, typer.Option(help="With --ranks: bf16 or fp16.")] = "bf16",
     peers: Annotated[Path | None, typer.Option(help="CSV of stored times that readings are held against.")] = None,
     seconds: Annotated[float, typer.Option(help="Time of one candidate's replays at one point, about.")] = 0.15,
@@ -169,7 +172,7 @@ def bench(
     few = tuple(tokens or ([4] if small else []))
     works = []
     for one in kind or ["bf16"]:
-        works += bench_points.grid(tuple(model or ()), few, tuple(routing or ()), one, small)
+        works += bench_points.grid(tuple(model or ()), few, tuple(routing or ()), one, small, layout)
     readings = timing.measure(chosen, works, device, timing.Options(seconds, stages))
     raise typer.Exit(bench_report.main(readings, known, device, json, output, plot))
 

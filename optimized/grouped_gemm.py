@@ -14,8 +14,11 @@ import triton
 import triton.language as tl
 
 from moeproof.optimized.align import Alignment
-from moeproof.optimized.tiles import gemm_tile, rows_per_block
+from moeproof.optimized.tiles import gemm_tile, processors, rows_per_block
 from moeproof.reference.contract.errors import check
+
+FULL_WAVES = 8
+"""Programs for each multiprocessor that a batched product has at least, where its regions are large enough."""
 
 
 @triton.jit
@@ -86,30 +89,29 @@ def _grouped(
 
 @triton.jit
 def _batched(
-    a_eCK, w_eNK, bias_eN, out_eCN, counts, num_m, C, N, K,
+    a_eCK, w_eNK, bias_eN, out_eCN, counts, turns, C, N, K,
     stride_ae, stride_ac, stride_ak, stride_we, stride_wn, stride_wk, stride_be, stride_bn,
     stride_oe, stride_oc, stride_on,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
+    """A program takes every `turns`-th row block in use of one expert at one column: no program has none but those of empty
+    experts, however large the regions are, and a column's weights are read from L2 the next time."""
     num_n = tl.cdiv(N, BLOCK_N)
-    expert = tl.program_id(0) // (num_m * num_n)
-    block, column = _swizzle(tl.program_id(0) % (num_m * num_n), num_m, num_n, GROUP_M)
+    expert = tl.program_id(0) // (turns * num_n)
     count = tl.minimum(tl.load(counts + expert), C)
-    if block * BLOCK_M >= count:
-        return
     expert = expert.to(tl.int64)
-    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    live = row < count
-    n = column * BLOCK_N + tl.arange(0, BLOCK_N)
-    a_m = a_eCK + expert * stride_ae + row.to(tl.int64) * stride_ac
+    n = tl.program_id(0) % num_n * BLOCK_N + tl.arange(0, BLOCK_N)
     w_n = w_eNK + expert * stride_we + n.to(tl.int64) * stride_wn
-    acc = _multiply(a_m, live, w_n, n < N, stride_ak, stride_wk, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K)
-    if bias_eN is not None:
-        bias = tl.load(bias_eN + expert * stride_be + n.to(tl.int64) * stride_bn, mask=n < N, other=0.0)
-        acc += bias.to(tl.float32)[None, :]
-    out = out_eCN + expert * stride_oe + row.to(tl.int64)[:, None] * stride_oc + n.to(tl.int64)[None, :] * stride_on
-    tl.store(out, acc.to(out_eCN.dtype.element_ty), mask=live[:, None] & (n < N)[None, :])
+    for first in range(tl.program_id(0) // num_n % turns * BLOCK_M, count, turns * BLOCK_M):
+        row = first + tl.arange(0, BLOCK_M)
+        live = row < count
+        a_m = a_eCK + expert * stride_ae + row.to(tl.int64) * stride_ac
+        acc = _multiply(a_m, live, w_n, n < N, stride_ak, stride_wk, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K)
+        if bias_eN is not None:
+            bias = tl.load(bias_eN + expert * stride_be + n.to(tl.int64) * stride_bn, mask=n < N, other=0.0)
+            acc += bias.to(tl.float32)[None, :]
+        out = out_eCN + expert * stride_oe + row.to(tl.int64)[:, None] * stride_oc + n.to(tl.int64)[None, :] * stride_on
+        tl.store(out, acc.to(out_eCN.dtype.element_ty), mask=live[:, None] & (n < N)[None, :])
 
 
 def _check(a: torch.Tensor, w_eNK: torch.Tensor, bias_eN: torch.Tensor | None, out: torch.Tensor) -> None:
@@ -181,9 +183,12 @@ def batched_gemm(
     if C == 0:
         return
     tile = gemm_tile(rows_per_block(C if mean_rows is None else mean_rows, 1), N, K, a_eCK.dtype)
-    num_m = triton.cdiv(C, tile.block_m)
-    _batched[(e * num_m * triton.cdiv(N, tile.block_n),)](
-        a_eCK, w_eNK, bias_eN, out_eCN, counts, num_m, C, N, K,
+    num_n = triton.cdiv(N, tile.block_n)
+    # Few experts and columns: several programs share the row blocks of each.
+    turns = min(triton.cdiv(C, tile.block_m), triton.cdiv(FULL_WAVES * processors(a_eCK.device), e * num_n))
+    options = {name: value for name, value in tile.options.items() if name != "GROUP_M"}
+    _batched[(e * turns * num_n,)](
+        a_eCK, w_eNK, bias_eN, out_eCN, counts, turns, C, N, K,
         *a_eCK.stride(), *w_eNK.stride(), *_bias_strides(bias_eN), *out_eCN.stride(),
-        EVEN_N=N % tile.block_n == 0, EVEN_K=K % tile.block_k == 0, **tile.options,
+        EVEN_N=N % tile.block_n == 0, EVEN_K=K % tile.block_k == 0, **options,
     )  # fmt: skip

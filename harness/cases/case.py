@@ -28,6 +28,7 @@ VALUES = {
     "tail": "gates of -3 to -4, where the two gelus differ by a quarter",
     "sweep": "every bit pattern of a 16-bit gate, I to a token: T * I = 2^17 holds each with two up values",
     "groups": "normal, with magnitudes spread over 9 binades per token, channel, expert and group of 16 columns",
+    "experts": "groups, with w1 of experts spread over 9 binades and w2 over 17, so that all count in the sum",
     "edges": "zero rows and blocks, and an amax at and next to powers of two and at the format's maximum, in every 16 columns",
     "ties": "x lies exactly between codes, where every spelling of a scale formula rounds its own way",
     "codes": "x holds every code, every midpoint of two and both neighbours of each, under an amax that makes scales exact",

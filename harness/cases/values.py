@@ -36,6 +36,7 @@ RECIPES: dict[str, tuple[MakeX, MakeW, MakeW]] = {
     "clamp": (recipes.normal_x, probes.clamp_w1, _normal_w2),
     "tail": (probes.tail_x, probes.tail_w1, probes.tail_w2),
     "groups": (recipes.groups_x, _alike(recipes.groups_w1), _alike(recipes.groups_w2)),
+    "experts": (recipes.groups_x, recipes.experts_w1, recipes.experts_w2),
     "edges": (recipes.edges_x, _alike(recipes.edges_w1), _alike(recipes.edges_w2)),
     "ties": (recipes.ties_x, _normal_w1, _normal_w2),
     "codes": (code_sweep.codes_x, _normal_w1, _normal_w2),

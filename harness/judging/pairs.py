@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -174,17 +174,33 @@ def as_candidate(thing: object) -> Candidate:
             shows = (*shows, "h")
         return Candidate(
             name=thing.name,
-            run=lambda inputs: run_pair(thing, inputs),
+            run=functools.partial(run_pair, thing),
             shows=shows,
             supports=lambda problem: _supports(thing, problem),
             claims=thing.claims,
             backend=thing.backend,
+            claims_in=thing.claims_in,
         )
     if callable(thing):
         name = getattr(thing, "__name__", type(thing).__name__).strip("<>")
         run = functools.partial(_call_usual, thing)
         return Candidate(name=name, run=run, supports=_supports_usual, source=_address(thing))
     raise ContractError(f"a candidate is a callable, a Candidate or a Pair, not {type(thing).__name__}")
+
+
+def untapped(candidate: Candidate) -> Callable[[Inputs], Any]:
+    """What a candidate runs, without what is copied of a pair on the way: for whoever times it."""
+    run = candidate.run
+    if not (isinstance(run, functools.partial) and run.func is run_pair):
+        return run
+    (pair,) = run.args
+
+    def call(inputs: Inputs) -> Tensor:
+        prepare_finalize = pair.prepare_finalize(inputs)
+        kernel = FusedMoEModularKernel(prepare_finalize, pair.experts(inputs))
+        return forward(kernel, inputs, prepare_finalize.topk_indices_dtype())
+
+    return call
 
 
 def _address(function: object) -> str:

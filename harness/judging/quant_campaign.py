@@ -52,6 +52,8 @@ PROBE = 4
 """Every so manyth case is the exact probe."""
 ACTIVATIONS = ("silu", "silu", "silu", "swigluoai", "relu2_no_mul")
 VALUES = ("groups", "groups", "edges", "ties", "hetero", "normal")
+EXPERTS = 350
+"""From this seed on every fourth draw spreads the experts too (the recipe is younger than the seeds before)."""
 ATTEMPTS = 16
 """Draws of a seed, until one is not VACUOUS: groups of columns that differ by 9 binades may leave a last tile too little."""
 TRIES = 1000
@@ -132,7 +134,8 @@ def draw(scheme: str, layout: str, seed: int, mode: str, attempt: int = 0, alone
     able = (shape for shape in shapes if alone is None or alone.supports(shape[0]) is None)
     problem, strided = next(able, None) or _shape(scheme, layout, group, mode, 0)
     s = Stream(seed, f"quant campaign {scheme} {layout} {attempt}")
-    routing, values = _pick(s, ("uniform", "hot", "minus1", "dup", "zipf")), _pick(s, VALUES)
+    routing = _pick(s, ("uniform", "hot", "minus1", "dup", "zipf"))
+    values = _pick(s, VALUES if seed < EXPERTS else (*VALUES, "experts", "experts"))
     if probe:
         dtype = "bf16" if problem.dtype == "fp16" else problem.dtype
         problem = replace(problem, dtype=dtype, act=Activation.parse("silu"), weight_on_input=False)

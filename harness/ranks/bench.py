@@ -149,7 +149,7 @@ def _raw(pool: RankPool, kind: str, case: Case, T: int, options: Options) -> Rea
     if "gather" in kind:
         rows = (case.ranks - 1) * case.world.max_tokens * p.H
         there, back = rows * p.fmt.dtype.itemsize, rows * 4
-    return _read(head, pool.run(time_raw, kind, str(case), options.seconds), there, back)
+    return read(head, pool.run(time_raw, kind, str(case), options.seconds), there, back)
 
 
 def _pair(
@@ -174,10 +174,10 @@ def _pair(
     if (failed := session.load(name)) is not None:  # new ranks, if the last candidate broke the pool
         return replace(head, reason=failed.headline)
     needed = Load(case).must_move()
-    return _read(head, pool.run(time_pair, name, str(case), options.seconds), needed, needed)
+    return read(head, pool.run(time_pair, name, str(case), options.seconds), needed, needed)
 
 
-def _read(head: Reading, run: RankRun, there: int, back: int) -> Reading:
+def read(head: Reading, run: RankRun, there: int, back: int) -> Reading:
     """The reading of what every rank sampled."""
     if not run.ok:
         return replace(head, reason=run.headline)

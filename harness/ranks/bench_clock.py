@@ -142,7 +142,9 @@ def _timed(context: RankContext, calls: Calls, seconds: float, capturable: bool)
         return called
     if not capturable or context.device.type != "cuda":
         return Samples(called)
-    replayed = timed(*(_captured(act).replay for act in (calls.dispatch, calls.combine, both)))
+    # In this order: what dispatch leaves, and what combine and the checks look at, is then that of its own graph.
+    graphs = [_captured(act) for act in (both, calls.dispatch, calls.combine)]
+    replayed = timed(graphs[1].replay, graphs[2].replay, graphs[0].replay)
     return replayed if isinstance(replayed, Samples) else Samples(called, replayed)
 
 

@@ -16,6 +16,7 @@ import torch
 
 from moeproof.harness import modes
 from moeproof.harness.judging.memory import Poison
+from moeproof.harness.judging.pairs import untapped
 from moeproof.harness.timing import timer as bench_timer
 from moeproof.harness.timing.inputs import Answer, answer, make_sets
 from moeproof.harness.timing.points import Least, Work, least
@@ -91,7 +92,7 @@ def measure(candidates: Sequence[Candidate], works: Sequence[Work], device: str,
         for candidate in candidates:
             reason = modes.cannot_run(candidate.backend, device) or candidate.supports(work.problem)
             if reason:
-                yield Reading(candidate.name, work.model, work.M, work.routing, work.kind, reason=reason)
+                yield Reading(candidate.name, work.model, work.M, work.routing, work.named_kind, reason=reason)
                 continue
             # What is claimed of the router and of repetition changes no bound of `out`.
             numeric = replace(candidate.claims, ties="any", total_router=False, deterministic="run")
@@ -112,8 +113,9 @@ def _one(
     device: str,
     options: Options,
 ) -> Reading:
-    head = (candidate.name, work.model, work.M, work.routing, work.kind)
-    calls = [lambda inputs=inputs: out_of(candidate.run(inputs)) for inputs in sets]
+    head = (candidate.name, work.model, work.M, work.routing, work.named_kind)
+    run = untapped(candidate)
+    calls = [lambda inputs=inputs: out_of(run(inputs)) for inputs in sets]
     try:
         with Poison("nan"):
             first = calls[0]()

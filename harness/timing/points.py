@@ -50,6 +50,12 @@ class Work:
     """A row of KINDS."""
     small: bool = False
     """A scaled twin: for machines without a GPU."""
+    layout: str = "standard"
+
+    @property
+    def named_kind(self) -> str:
+        """What a reading is of, and stored peers are looked up by: theirs are of the standard layout."""
+        return self.kind if self.layout == "standard" else f"{self.kind} {self.layout}"
 
     @property
     def problem(self) -> Problem:
@@ -60,7 +66,7 @@ class Work:
             problem = scaled(problem, self.M, 8, 64)
             # Whole groups of four-bit codes, at any width.
             problem = replace(problem, H=-(-problem.H // 32) * 32, I=-(-problem.I // 32) * 32)
-        return replace(problem, scheme=scheme)
+        return replace(problem, scheme=scheme, layout=self.layout)
 
     @property
     def case(self) -> Case:
@@ -76,6 +82,7 @@ def grid(
     routings: tuple[str, ...] = (),
     kind: str = "bf16",
     small: bool = False,
+    layout: str = "standard",
 ) -> list[Work]:
     """The points of these models, tokens and routings; without any, those that peers were timed at."""
     known("kind", kind, KINDS)
@@ -91,7 +98,7 @@ def grid(
             # The stored peers have no readings here.
             if routing == "zipf" and not tokens and (model in FEW_TOKENS or kind in ("fp8c", "mxfp4")):
                 continue
-            points += [Work(model, M, routing, kind, small) for M in tokens or usual]
+            points += [Work(model, M, routing, kind, small, layout) for M in tokens or usual]
     return points
 
 

@@ -87,7 +87,8 @@ template <int FORMAT> __device__ unsigned encode(float x) {
     return e2m1(x);
 }
 
-template <int FORMAT, int N> __device__ Codes<N> encode_all(float (&x)[N], float top) {
+// CLAMPED to `top` where they may be above it.
+template <int FORMAT, int N, bool CLAMPED = true> __device__ Codes<N> encode_all(float (&x)[N], float top) {
     constexpr int WIDTH = FORMAT == E2M1 ? 4 : 8, PER_WORD = 32 / WIDTH;
     Codes<N> codes = {};
     if constexpr (CONVERTED<FORMAT>) {
@@ -96,7 +97,7 @@ template <int FORMAT, int N> __device__ Codes<N> encode_all(float (&x)[N], float
             codes.words[j / PER_WORD] |= two_converted<FORMAT>(x[j], x[j + 1]) << (j % PER_WORD * WIDTH);
     } else {
 #pragma unroll
-        for (int j = 0; j < N; ++j) x[j] = fminf(fmaxf(x[j], -top), top);
+        for (int j = 0; j < N; ++j) x[j] = CLAMPED ? fminf(fmaxf(x[j], -top), top) : x[j];
         if constexpr (FORMAT == INT8) {
 #pragma unroll
             for (int j = 0; j < N; j += 4)

@@ -52,7 +52,7 @@ struct Divisor {
     }
 };
 
-__device__ inline Divisor divisor_of(float b) { return {b, __fdiv_rn(1.0f, b), b > 0x1p-60f && b < 0x1p60f}; }
+__device__ inline Divisor divisor_of(float b) { return {b, __fdiv_rn(1.0f, b), b > 0x1p-60f && b < 0x1p121f}; }
 
 __device__ inline float two_to(int e) { return __uint_as_float(e > -127 ? static_cast<unsigned>(e + 127) << 23 : 0x00400000u); }
 
@@ -71,11 +71,13 @@ template <bool IN_WARP> __device__ float team_max(float x, int lanes, float* acr
     for (int d = 1; d < WARP; d *= 2)
         if (d < lanes) x = fmaxf(x, __shfl_xor_sync(ALL, x, d));
     if (IN_WARP || lanes <= WARP) return x;
-    const int thread = threadIdx.y * blockDim.x + threadIdx.x, warp = thread / WARP;
+    const unsigned thread = threadIdx.y * blockDim.x + threadIdx.x, warp = thread / WARP, warps = lanes / WARP;
     if (thread % WARP == 0) across[warp] = x;
     __syncthreads();
-    const int first = warp / (lanes / WARP) * (lanes / WARP);
-    for (int w = 0; w < lanes / WARP; ++w) x = fmaxf(x, across[first + w]);
+    x = across[(warp & ~(warps - 1)) + (thread & (warps - 1))];
+#pragma unroll
+    for (int d = 1; d < WARP; d *= 2)
+        if (d < static_cast<int>(warps)) x = fmaxf(x, __shfl_xor_sync(ALL, x, d));
     return x;
 }
 
@@ -132,16 +134,19 @@ struct Scale {
     How how;
 };
 
-// Of a group, stored by its first lane. MX: a power of two.
-template <bool MX> __device__ Scale make_scale(const Quantise& a, unsigned group, int lane, float amax) {
-    if (MX || a.rule >= OCP_FLOOR) {
+// The scale of a group: stored by one lane, where `stores`. KNOWN arithmetic makes a kernel without the code of the others.
+enum Known : int { MX, DIVISION, INVERSION, UNKNOWN };
+template <int KNOWN> __device__ Scale make_scale(const Quantise& a, unsigned group, bool stores, float amax) {
+    if (KNOWN == MX || (KNOWN == UNKNOWN && a.rule >= OCP_FLOOR)) {
         const int e = scale_exponent(a, amax);
-        if (lane == 0) a.exponents[group] = static_cast<uint8_t>(e + 127);
-        return {{1.0f, 1.0f, true}, two_to(-e), MULTIPLIED};  // exact
+        if (stores) a.exponents[group] = static_cast<uint8_t>(e + 127);
+        return {{1.0f, 1.0f, true}, two_to(-e), MULTIPLIED};  // exact: a power of two
     }
     const float floored = fmaxf(amax, a.floor);
-    const float s = a.rule == STATIC ? *a.given : __fdiv_rn(floored, a.top);
-    if (lane == 0 && a.rule != STATIC) a.scales[group] = s;
+    const float s = KNOWN == UNKNOWN && a.rule == STATIC ? *a.given : __fdiv_rn(floored, a.top);
+    if (stores && !(KNOWN == UNKNOWN && a.rule == STATIC)) a.scales[group] = s;
+    if (KNOWN == DIVISION) return {divisor_of(s), 1.0f, DIVIDED};
+    if (KNOWN == INVERSION) return {{s, 1.0f, true}, __fdiv_rn(a.top, floored), MULTIPLIED};
     const Divisor divisor = divisor_of(s);
     const How how = a.quotient != DIVIDE ? MULTIPLIED : divisor.usual ? DIVIDED : DIVIDED_SLOWLY;
     return {divisor, a.quotient == INVERSE ? __fdiv_rn(a.top, floored) : divisor.reciprocal, how};
@@ -157,33 +162,32 @@ template <int HOW, typename T, int N> __device__ void quotients(const Pack<T, N>
 }
 
 // A pack's codes, at their place.
-template <int FORMAT, int HOW, bool WHOLE, typename T, int N>
+template <int FORMAT, int KNOWN, bool WHOLE, typename T, int N>
 __device__ void quantise_pack(const Quantise& a, long long row, int i, int count, const Pack<T, N>& x, const Scale& scale) {
-    constexpr bool PAIRS = FORMAT == E2M1 && HOW == MULTIPLIED && std::is_same_v<T, __nv_bfloat16>;
+    constexpr bool PAIRS = FORMAT == E2M1 && KNOWN == MX && std::is_same_v<T, __nv_bfloat16>;
     if constexpr (PAIRS) {
         const unsigned factor = __float_as_uint(scale.factor);  // its lower half is empty
         store_codes<2, WHOLE>(a, row, i, count, eight_e2m1(x.words, factor | factor >> 16));
-    } else {
+    } else if constexpr (KNOWN != UNKNOWN) {
         float ratio[N];
-        quotients<HOW>(x, scale, ratio);
-        store_codes<FORMAT == E2M1 ? 2 : 1, WHOLE>(a, row, i, count, encode_all<FORMAT, N>(ratio, a.top));
-    }
-}
-
-// The same where format and arithmetic are known at run time only: one choice for a pack, and not for each element.
-template <bool WHOLE, typename T, int N>
-__device__ void quantise_any_pack(const Quantise& a, long long row, int i, int count, const Pack<T, N>& x, const Scale& scale) {
-    float ratio[N];
-    if (scale.how == DIVIDED) quotients<DIVIDED>(x, scale, ratio);
-    else if (scale.how == MULTIPLIED) quotients<MULTIPLIED>(x, scale, ratio);
-    else quotients<DIVIDED_SLOWLY>(x, scale, ratio);
-    switch (a.format) {
-        case E4M3: store_codes<1, WHOLE>(a, row, i, count, encode_all<E4M3, N>(ratio, a.top)); break;
-        case E5M2: store_codes<1, WHOLE>(a, row, i, count, encode_all<E5M2, N>(ratio, a.top)); break;
-        case E3M2: store_codes<1, WHOLE>(a, row, i, count, encode_all<E3M2, N>(ratio, a.top)); break;
-        case E2M3: store_codes<1, WHOLE>(a, row, i, count, encode_all<E2M3, N>(ratio, a.top)); break;
-        case E2M1: store_codes<2, WHOLE>(a, row, i, count, encode_all<E2M1, N>(ratio, a.top)); break;
-        default: store_codes<1, WHOLE>(a, row, i, count, encode_all<INT8, N>(ratio, a.top)); break;
+        quotients<KNOWN == DIVISION ? DIVIDED : MULTIPLIED>(x, scale, ratio);
+        // What is divided by its own group's maximum is not above the top, or rounds to it.
+        constexpr bool CLAMPED = KNOWN == MX;
+        store_codes<FORMAT == E2M1 ? 2 : 1, WHOLE>(a, row, i, count, encode_all<FORMAT, N, CLAMPED>(ratio, a.top));
+    } else {
+        // One choice for a pack: made for each element, it would cost as much as the division.
+        float ratio[N];
+        if (scale.how == DIVIDED) quotients<DIVIDED>(x, scale, ratio);
+        else if (scale.how == MULTIPLIED) quotients<MULTIPLIED>(x, scale, ratio);
+        else quotients<DIVIDED_SLOWLY>(x, scale, ratio);
+        switch (a.format) {
+            case E4M3: store_codes<1, WHOLE>(a, row, i, count, encode_all<E4M3, N>(ratio, a.top)); break;
+            case E5M2: store_codes<1, WHOLE>(a, row, i, count, encode_all<E5M2, N>(ratio, a.top)); break;
+            case E3M2: store_codes<1, WHOLE>(a, row, i, count, encode_all<E3M2, N>(ratio, a.top)); break;
+            case E2M3: store_codes<1, WHOLE>(a, row, i, count, encode_all<E2M3, N>(ratio, a.top)); break;
+            case E2M1: store_codes<2, WHOLE>(a, row, i, count, encode_all<E2M1, N>(ratio, a.top)); break;
+            default: store_codes<1, WHOLE>(a, row, i, count, encode_all<INT8, N>(ratio, a.top)); break;
+        }
     }
 }
 
@@ -196,9 +200,9 @@ template <typename X, int N> __device__ void rotate(X (&x)[N], const X& last) {
 }
 
 // Bit j says whether row first + j * step is there and live.
-template <int ROWS> __device__ unsigned live_rows(const Activate& a, unsigned first, unsigned step) {
+template <int ROWS, bool PLAIN> __device__ unsigned live_rows(const Activate& a, unsigned first, unsigned step) {
     unsigned live = 0;
-    if (a.slots.ids != nullptr) {
+    if (!PLAIN && a.slots.ids != nullptr) {
         int local[ROWS];
         a.slots.locals(static_cast<int>(first), static_cast<int>(step), static_cast<int>(a.R), local);
 #pragma unroll
@@ -207,26 +211,27 @@ template <int ROWS> __device__ unsigned live_rows(const Activate& a, unsigned fi
     }
 #pragma unroll
     for (int j = 0; j < ROWS; ++j) live |= static_cast<unsigned>(first + j * step < a.R) << j;
-    if (a.counts != nullptr)
+    if (!PLAIN && a.counts != nullptr)
 #pragma unroll 1
         for (int j = 0; j < ROWS; ++j)
             if (live >> j & 1 && !a.live(first + j * step)) live &= ~(1u << j);
     return live;
 }
 
-// A lane's packs: PACKS of one group; or, of small groups with power-of-two scales (MX), one of each of PACKS rows.
-template <typename T, int FORMAT, int SOURCE, int PACKS, bool MX, bool WHOLE>
-__global__ void __launch_bounds__(MX ? THREADS : MOST_THREADS) quantise_kernel(const Quantise a, int shift) {
-    constexpr int N = PER_PACK<T>, ROWS = MX ? PACKS : 1;
+// A lane's packs: PACKS of one group; or, ACROSS rows, one of the same group in each of PACKS rows, which suits small groups.
+template <typename T, int FORMAT, int KNOWN, int SOURCE, int PACKS, bool ACROSS, bool WHOLE>
+__global__ void __launch_bounds__(ACROSS ? THREADS : MOST_THREADS) quantise_kernel(const Quantise a, int shift) {
+    constexpr int N = PER_PACK<T>, ROWS = ACROSS ? PACKS : 1;
+    constexpr bool PLAIN = SOURCE == VALUES && KNOWN != UNKNOWN;  // every row is live
     __shared__ float across[MOST_THREADS / WARP];
     const int lanes = 1 << shift, column = blockIdx.y * blockDim.x + threadIdx.x, lane = column & (lanes - 1);
     const unsigned group = static_cast<unsigned>(column) >> shift, first_row = blockIdx.x * ROWS * blockDim.y + threadIdx.y;
     const int first = group * a.group, last = min(first + a.group, a.C), start = first + lane * N;
-    const int stride = MX ? 0 : lanes * N, row_step = MX ? blockDim.y : 0;
+    const int stride = ACROSS ? 0 : lanes * N, row_step = ACROSS ? blockDim.y : 0;
     // A dead group's lanes stay: shuffles and barriers name them.
-    const unsigned live = group < a.groups ? live_rows<ROWS>(a.act, first_row, blockDim.y) : 0;
+    const unsigned live = group < a.groups ? live_rows<ROWS, PLAIN>(a.act, first_row, blockDim.y) : 0;
     const auto row = [&](int p) { return static_cast<long long>(first_row) + p * row_step; };
-    const auto there = [&](int p) { return (live >> (MX ? p : 0) & 1) && start + p * stride < last; };
+    const auto there = [&](int p) { return (live >> (ACROSS ? p : 0) & 1) && start + p * stride < last; };
     const auto count = [&](int p) { return WHOLE ? N : min(N, last - (start + p * stride)); };
 
     Columns<T, N> own[PACKS];  // `first` becomes what is quantised
@@ -241,44 +246,47 @@ __global__ void __launch_bounds__(MX ? THREADS : MOST_THREADS) quantise_kernel(c
             if constexpr (SOURCE == SILU_HALVES) c.first = apply<SILU, false>(c, a.act);
             if constexpr (SOURCE == ACTIVATION) c.first = activate<T, N>(c, a.act);
             if (SOURCE != VALUES && a.act.h != nullptr) store_h<WHOLE>(a, row(p), start + p * stride, count(p), c.first);
-            most[MX ? p : 0].take(c.first);
+            most[ACROSS ? p : 0].take(c.first);
         }
         rotate(own, c);
     }
     Scale scale[ROWS];
+    if constexpr (ACROSS && PACKS > 1 && KNOWN != MX) {
+        // A scale costs as much as a pack: each is made by some lanes, for all of the team.
+        float mine = 0.0f;
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-        const float amax = MX || a.rule != STATIC ? team_max<MX>(most[r].value(), lanes, across) : 0.0f;
-        if (live >> r & 1) scale[r] = make_scale<MX>(a, static_cast<unsigned>(row(r)) * a.groups + group, lane, amax);
+        for (int r = 0; r < ROWS; ++r) {
+            const float amax = team_max<true>(most[r].value(), lanes, across);
+            if (lane % ROWS == r) mine = amax;
+        }
+        const int r = lane % ROWS, leader = threadIdx.y * blockDim.x + threadIdx.x - lane;
+        const bool stores = lane < ROWS && (live >> r & 1);
+        const Scale made = make_scale<KNOWN>(a, static_cast<unsigned>(row(r)) * a.groups + group, stores, mine);
+#pragma unroll
+        for (int p = 0; p < ROWS; ++p) {
+            scale[p] = made;
+            scale[p].divisor.b = __shfl_sync(ALL, made.divisor.b, leader % WARP + p);
+            if (KNOWN == DIVISION) scale[p].divisor.reciprocal = __shfl_sync(ALL, made.divisor.reciprocal, leader % WARP + p);
+            else scale[p].factor = __shfl_sync(ALL, made.factor, leader % WARP + p);
+        }
+    } else {
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) {
+            const bool known = KNOWN == UNKNOWN && a.rule == STATIC;
+            const float amax = known ? 0.0f : team_max<ACROSS>(most[r].value(), lanes, across);
+            const unsigned index = static_cast<unsigned>(row(r)) * a.groups + group;
+            if (live >> r & 1) scale[r] = make_scale<KNOWN>(a, index, lane == 0, amax);
+        }
     }
-    if constexpr (MX) {
-#pragma unroll
-        for (int p = 0; p < PACKS; ++p)
-            if (there(p)) quantise_pack<FORMAT, MULTIPLIED, WHOLE>(a, row(p), start, N, own[p].first, scale[p]);
-    } else if constexpr (FORMAT == ANY) {
-        if (!live) return;
-#pragma unroll 1
-        for (int p = 0; there(p); ++p) {
-            quantise_any_pack<WHOLE>(a, row(0), start + p * stride, count(p), own[0].first, scale[0]);
-            // No loop around one pack: from it the compiler would lift eight exact divisions, which then are always done.
-            if constexpr (PACKS == 1) break;
-            rotate(own, own[0]);
+#pragma unroll(KNOWN == UNKNOWN ? 1 : PACKS)
+    for (int p = 0; p < PACKS; ++p) {
+        if (there(p)) {
+            const Scale& s = scale[ACROSS ? p : 0];
+            quantise_pack<FORMAT, KNOWN, WHOLE>(a, row(p), start + p * stride, count(p), own[0].first, s);
         }
-    } else if (live) {
-        const auto each = [&](auto how) {
-            constexpr int HOW = decltype(how)::value;
-#pragma unroll(HOW == DIVIDED_SLOWLY ? 1 : PACKS)
-            for (int p = 0; p < PACKS; ++p) {
-                if (there(p)) quantise_pack<FORMAT, HOW, WHOLE>(a, row(0), start + p * stride, count(p), own[0].first, scale[0]);
-                rotate(own, own[0]);
-            }
-        };
-        // One choice for all packs: made for each element, it would cost as much as the division.
-        switch (scale[0].how) {
-            case MULTIPLIED: each(std::integral_constant<int, MULTIPLIED>{}); break;
-            case DIVIDED: each(std::integral_constant<int, DIVIDED>{}); break;
-            default: each(std::integral_constant<int, DIVIDED_SLOWLY>{}); break;
-        }
+        // No loop around one pack: from it the compiler would lift eight exact divisions, which then are always done.
+        if constexpr (PACKS == 1) break;
+        rotate(own, own[0]);
     }
 }
 
@@ -296,58 +304,60 @@ inline dim3 block_of(long long width, int lanes, long long rows, int threads) {
     return dim3(x, static_cast<unsigned>(wanted) * together);
 }
 
-template <typename T, int FORMAT, int SOURCE, int PACKS, bool MX, bool WHOLE>
+template <typename T, int FORMAT, int KNOWN, int SOURCE, int PACKS, bool ACROSS, bool WHOLE>
 cudaError_t launch_teams(const Quantise& a, long long lanes_wanted, int usual_threads, cudaStream_t stream) {
     const int lanes = pow2_at_least(lanes_wanted, MOST_THREADS);
     int shift = 0;
     while (1 << shift < lanes) ++shift;
-    const long long width = static_cast<long long>(a.groups) * lanes, rows = ceil_div(a.act.R, MX ? PACKS : 1);
+    const long long width = static_cast<long long>(a.groups) * lanes, rows = ceil_div(a.act.R, ACROSS ? PACKS : 1);
     const dim3 block = block_of(width, lanes, rows, max(lanes, usual_threads));
     const dim3 grid(static_cast<unsigned>(ceil_div(rows, block.y)), static_cast<unsigned>(ceil_div(width, block.x)));
-    quantise_kernel<T, FORMAT, SOURCE, PACKS, MX, WHOLE><<<grid, block, 0, stream>>>(a, shift);
+    quantise_kernel<T, FORMAT, KNOWN, SOURCE, PACKS, ACROSS, WHOLE><<<grid, block, 0, stream>>>(a, shift);
     return cudaGetLastError();
 }
 
-template <typename T, int FORMAT, int SOURCE, bool MX> cudaError_t launch_whole(const Quantise& a, cudaStream_t stream) {
+// Rows of whole packs.
+template <typename T, int FORMAT, int KNOWN, int SOURCE> cudaError_t launch_whole(const Quantise& a, cudaStream_t stream) {
     const long long packs = a.group / PER_PACK<T>;
     const bool few = a.act.R * a.groups * packs <= FEW;
-    if constexpr (MX) {
-        if (few) return launch_teams<T, FORMAT, SOURCE, 1, true, true>(a, packs, FEW_THREADS, stream);
-        return launch_teams<T, FORMAT, SOURCE, MANY, true, true>(a, packs, THREADS, stream);
-    } else {
-        // Groups of few packs: a lane for each, so that neighbours read neighbours.
-        if (packs < 4 * MANY || (packs <= MOST_THREADS && few))
-            return launch_teams<T, FORMAT, SOURCE, 1, false, true>(a, packs, few ? FEW_THREADS : THREADS, stream);
-        if constexpr (SOURCE == VALUES && FORMAT != ANY) {
-            // A row to a warp, which needs no barrier.
-            if (packs > MANY * WARP)
-                return launch_teams<T, FORMAT, SOURCE, MOST, false, true>(a, ceil_div(packs, MOST), THREADS, stream);
-        }
-        return launch_teams<T, FORMAT, SOURCE, MANY, false, true>(a, ceil_div(packs, MANY), THREADS, stream);
+    if (packs <= MOST_THREADS && (few || packs < 4 * MANY)) {
+        if constexpr (KNOWN == MX)
+            if (!few) return launch_teams<T, FORMAT, KNOWN, SOURCE, MANY, true, true>(a, packs, THREADS, stream);
+        return launch_teams<T, FORMAT, KNOWN, SOURCE, 1, KNOWN == MX, true>(a, packs, few ? FEW_THREADS : THREADS, stream);
     }
+    if constexpr (SOURCE == VALUES && KNOWN != MX && KNOWN != UNKNOWN) {
+        // Neighbours read neighbours: a group of half a warp, or a row to a warp, which needs no barrier.
+        if (packs == 4 * MANY) return launch_teams<T, FORMAT, KNOWN, SOURCE, MANY, true, true>(a, packs, THREADS, stream);
+        if (packs > MANY * WARP)
+            return launch_teams<T, FORMAT, KNOWN, SOURCE, MOST, false, true>(a, ceil_div(packs, MOST), THREADS, stream);
+    }
+    if constexpr (KNOWN == MX) return cudaErrorInvalidValue;  // no group is that large
+    else return launch_teams<T, FORMAT, KNOWN, SOURCE, MANY, false, true>(a, ceil_div(packs, MANY), THREADS, stream);
 }
 
 template <typename T, int SOURCE> cudaError_t launch_format(const Quantise& a, cudaStream_t stream) {
     if constexpr (SOURCE != ACTIVATION && std::is_same_v<T, __nv_bfloat16>) {
-        const bool mx = a.rule >= OCP_FLOOR && a.group < 4 * MANY * PER_PACK<T>;
-        if (mx && a.format == E4M3) return launch_whole<T, E4M3, SOURCE, true>(a, stream);
-        if (mx && a.format == E2M1) return launch_whole<T, E2M1, SOURCE, true>(a, stream);
-        if (!mx && a.format == E4M3) return launch_whole<T, E4M3, SOURCE, false>(a, stream);
-        if (!mx && a.format == INT8) return launch_whole<T, INT8, SOURCE, false>(a, stream);
+        const bool every = SOURCE != VALUES || (a.act.slots.ids == nullptr && a.act.counts == nullptr);
+        const bool mx = every && a.rule >= OCP_FLOOR && a.group < 4 * MANY * PER_PACK<T>;
+        // The least scale is far from the ends of the range.
+        const bool dynamic = every && a.rule == AMAX && a.floor > 1e-12f;
+        if (mx && a.format == E4M3) return launch_whole<T, E4M3, MX, SOURCE>(a, stream);
+        if (mx && a.format == E2M1) return launch_whole<T, E2M1, MX, SOURCE>(a, stream);
+        if (dynamic && a.quotient == DIVIDE && a.format == E4M3) return launch_whole<T, E4M3, DIVISION, SOURCE>(a, stream);
+        if (dynamic && a.quotient == INVERSE && a.format == INT8) return launch_whole<T, INT8, INVERSION, SOURCE>(a, stream);
     }
-    return launch_whole<T, ANY, SOURCE, false>(a, stream);
+    return launch_whole<T, ANY, UNKNOWN, SOURCE>(a, stream);
 }
 
 template <typename T> cudaError_t launch(const Quantise& a, bool activated, cudaStream_t stream) {
     if (!a.whole) {
         const long long lanes = ceil_div(ceil_div(a.group, PER_PACK<T>), MANY);
-        if (activated) return launch_teams<T, ANY, ACTIVATION, MANY, false, false>(a, lanes, THREADS, stream);
-        return launch_teams<T, ANY, VALUES, MANY, false, false>(a, lanes, THREADS, stream);
+        if (activated) return launch_teams<T, ANY, UNKNOWN, ACTIVATION, MANY, false, false>(a, lanes, THREADS, stream);
+        return launch_teams<T, ANY, UNKNOWN, VALUES, MANY, false, false>(a, lanes, THREADS, stream);
     }
     if (!activated) return launch_format<T, VALUES>(a, stream);
-    const bool usual = std::is_same_v<T, __nv_bfloat16> && a.act.kind == SILU && a.act.limit <= 0.0f && !a.act.interleaved;
     if constexpr (std::is_same_v<T, __nv_bfloat16>)
-        if (usual) return launch_format<T, SILU_HALVES>(a, stream);
+        if (a.act.kind == SILU && a.act.limit <= 0.0f && !a.act.interleaved) return launch_format<T, SILU_HALVES>(a, stream);
     return launch_format<T, ACTIVATION>(a, stream);
 }
 

@@ -97,6 +97,12 @@ inline int pow2_at_least(long long n, int most) {
     return p;
 }
 
+// Threads of a block for so many lanes: `most`, but fewer where not every multiprocessor would get a block.
+inline int spread(long long lanes, int most) {
+    while (most > WARP && lanes < 128LL * most) most /= 2;
+    return most;
+}
+
 // Calls body(T{}) with the element type of `dtype`.
 template <typename Body> cudaError_t with_dtype(int dtype, Body body) {
     switch (dtype) {

@@ -115,73 +115,94 @@ def _unpacked(low, high, shift):
 
 
 @triton.jit
-def _product(
-    a_m, live, w_n, s_n, shift, inside, K, SCALES: tl.constexpr, LOW: tl.constexpr, SWAP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, FMT: tl.constexpr,
+def _step(
+    acc, a_m, live, w_n, s_n, shift, inside, first, left, SCALES: tl.constexpr, LOW: tl.constexpr, SWAP: tl.constexpr,
+    STEP: tl.constexpr, EVEN_N: tl.constexpr, FULL: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
-    """float32 (BLOCK_M, BLOCK_N). a_m, w_n, s_n: pointers to each row's first column, word and scale; columns are neighbours.
+    """acc and the products of STEP columns from `first` on, of which `left` groups exist; FULL: all of them.
 
     Between a word's load and its product stand only operations on elements and views, so that Triton loads it where it is
     multiplied. Swapped, weights come from registers and all planes make one product, whose pieces Triton keeps in flight while
     it decodes the next step; unswapped they would have to pass through shared memory. Scales come four to a word as well, which
     can be copied asynchronously (bytes cannot); `shifted` ones begin at bit `shift` of a row's first word.
     """
-    WORDS: tl.constexpr = BLOCK_K // CODES
-    GROUPS: tl.constexpr = BLOCK_K // GROUP
+    BLOCK_N: tl.constexpr = inside.shape[0]
+    WORDS: tl.constexpr = STEP // CODES
+    GROUPS: tl.constexpr = STEP // GROUP
     j = tl.arange(0, WORDS)
-    g = tl.arange(0, GROUPS if SCALES == "bytes" else GROUPS // 4)
-    # Where column 8j of a step lies in a permuted row.
-    a = a_m[:, None] + (j // (CHUNK // CODES) * CHUNK + j % (CHUNK // CODES))[None, :]
-    w_at = w_n[:, None] + j[None, :]
-    s_at = s_n[:, None] + g[None, :]
-    if SWAP:
-        # No path around the loop: sums that are defined on it would keep products from overlapping.
-        tl.assume(K > 0)
-    # All planes of a step, one behind the other: where their columns lie in a permuted row.
-    k = tl.arange(0, BLOCK_K)
-    j_8 = k % WORDS
-    at_8 = k // WORDS * (CHUNK // CODES) + j_8 // (CHUNK // CODES) * CHUNK + j_8 % (CHUNK // CODES)
-    a_8 = a_m[:, None] + tl.max_contiguous(tl.multiple_of(at_8, CHUNK // CODES), CHUNK // CODES)[None, :]
-    real_8 = j_8 // (GROUP // CODES)
-    acc = tl.zeros([BLOCK_N, BLOCK_M] if SWAP else [BLOCK_M, BLOCK_N], tl.float32)
-    for first in range(0, K, BLOCK_K):
-        left = (K - first) // GROUP
-        # Whole groups: four words are there or are not, and are copied together.
-        real = j // (GROUP // CODES) < left
-        if EVEN_N and EVEN_K:
-            words = tl.load(w_at)
-        elif EVEN_K:
-            words = tl.load(w_at, mask=inside[:, None], other=0)
-        else:
-            words = tl.load(w_at, mask=inside[:, None] & real[None, :], other=0)
-        if SCALES == "bytes":
-            code = tl.load(s_at, mask=inside[:, None] & (g < left)[None, :], other=127)
-        else:
-            low = tl.load(s_at, mask=inside[:, None] & (4 * g < left)[None, :], other=0)
-            if SCALES == "shifted":
-                more = (4 * g + 4)[None, :] - (shift // 8)[:, None] < left
-                high = tl.load(s_at + 1, mask=inside[:, None] & (shift > 0)[:, None] & more, other=0)
-                code = _unpacked(low, high, shift)
+    # Whole groups: four words are there or are not, and are copied together.
+    real = j // (GROUP // CODES) < left
+    w_at = w_n[:, None] + (j + first // CODES)[None, :]
+    if EVEN_N and FULL:
+        words = tl.load(w_at)
+    elif FULL:
+        words = tl.load(w_at, mask=inside[:, None], other=0)
+    else:
+        words = tl.load(w_at, mask=inside[:, None] & real[None, :], other=0)
+    if SCALES == "bytes":
+        g = tl.arange(0, GROUPS)
+        code = tl.load(s_n[:, None] + (g + first // GROUP)[None, :], mask=inside[:, None] & (g < left)[None, :], other=127)
+    else:
+        g = tl.arange(0, GROUPS // 4)
+        s_at = s_n[:, None] + (g + first // (4 * GROUP))[None, :]
+        here = inside[:, None]
+        low = tl.load(s_at, mask=here if FULL else here & (4 * g < left)[None, :], other=0)
+        if SCALES == "shifted":
+            here = here & (shift > 0)[:, None]
+            more = (4 * g + 4)[None, :] - (shift // 8)[:, None] < left
+            code = _unpacked(low, tl.load(s_at + 1, mask=here if FULL else here & more, other=0), shift)
+            if not FULL:
                 # What lies behind a row's last scale is not its own.
                 code = tl.where((tl.arange(0, GROUPS) < left)[None, :], code, 127)
-            else:
-                code = _unpacked(low, None, shift)
-        factor = tl.broadcast_to(_power(code, LOW)[:, :, None], [BLOCK_N, GROUPS, GROUP // CODES])
-        factor = tl.reshape(factor, [BLOCK_N, WORDS])
-        if SWAP:
-            mask = live[:, None] if EVEN_K else live[:, None] & tl.max_constancy(real_8 < left, GROUP // CODES)[None, :]
-            rows = tl.load(a_8, mask=mask, other=0.0)
-            acc = tl.dot(_planes(words, factor, LOW, FMT), rows.T, acc)
-            a_8 += BLOCK_K
         else:
-            for r in tl.static_range(CODES):
-                mask = live[:, None] if EVEN_K else live[:, None] & real[None, :]
-                rows = tl.load(a + r * (CHUNK // CODES), mask=mask, other=0.0)
-                acc = tl.dot(rows, _plane(words, factor, r, LOW, FMT).T, acc)
-            a += BLOCK_K
-        w_at += WORDS
-        s_at += GROUPS if SCALES == "bytes" else GROUPS // 4
+            code = _unpacked(low, None, shift)
+    factor = tl.broadcast_to(_power(code, LOW)[:, :, None], [BLOCK_N, GROUPS, GROUP // CODES])
+    factor = tl.reshape(factor, [BLOCK_N, WORDS])
+    if SWAP:
+        # All planes, one behind the other: where their columns lie in a permuted row.
+        k = tl.arange(0, STEP)
+        j = k % WORDS
+        at = k // WORDS * (CHUNK // CODES) + j // (CHUNK // CODES) * CHUNK + j % (CHUNK // CODES)
+        at = tl.max_contiguous(tl.multiple_of(at, CHUNK // CODES), CHUNK // CODES) + first
+        mask = live[:, None]
+        if not FULL:
+            mask = mask & tl.max_constancy(j // (GROUP // CODES) < left, GROUP // CODES)[None, :]
+        rows = tl.load(a_m[:, None] + at[None, :], mask=mask, other=0.0)
+        acc = tl.dot(_planes(words, factor, LOW, FMT), rows.T, acc)
+    else:
+        # Where column 8j of a step lies in a permuted row.
+        a = a_m[:, None] + (j // (CHUNK // CODES) * CHUNK + j % (CHUNK // CODES) + first)[None, :]
+        mask = live[:, None] if FULL else live[:, None] & real[None, :]
+        for r in tl.static_range(CODES):
+            rows = tl.load(a + r * (CHUNK // CODES), mask=mask, other=0.0)
+            acc = tl.dot(rows, _plane(words, factor, r, LOW, FMT).T, acc)
+    return acc
+
+
+@triton.jit
+def _product(
+    a_m, live, w_n, s_n, shift, inside, K, SCALES: tl.constexpr, LOW: tl.constexpr, SWAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN_N: tl.constexpr, WHOLE: tl.constexpr, TAIL: tl.constexpr, FMT: tl.constexpr,
+):  # fmt: skip
+    """float32 (BLOCK_M, BLOCK_N). a_m, w_n, s_n: pointers to each row's first column, word and scale; columns are neighbours.
+
+    WHOLE steps, where there is one, need no mask on columns; what remains is one shorter step of TAIL columns, 0 = nothing.
+    """
+    acc = tl.zeros([BLOCK_N, BLOCK_M] if SWAP else [BLOCK_M, BLOCK_N], tl.float32)
+    whole = K // BLOCK_K * BLOCK_K
+    if WHOLE:
+        if SWAP:
+            # No path around the loop: sums that are defined on it would keep products from overlapping.
+            tl.assume(whole > 0)
+        for first in range(0, whole, BLOCK_K):
+            acc = _step(
+                acc, a_m, live, w_n, s_n, shift, inside, first, BLOCK_K // GROUP, SCALES, LOW, SWAP, BLOCK_K, EVEN_N, True, FMT
+            )  # fmt: skip
+    if TAIL > 0:
+        acc = _step(
+            acc, a_m, live, w_n, s_n, shift, inside, whole, (K - whole) // GROUP, SCALES, LOW, SWAP, TAIL, EVEN_N, False, FMT
+        )  # fmt: skip
     if SWAP:
         acc = tl.trans(acc)
     return acc
@@ -195,7 +216,7 @@ def _tile(
     ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr, LINEAR_BETA: tl.constexpr,
     SCALES: tl.constexpr, LOW: tl.constexpr, SWAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M,
-    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, UNIT: tl.constexpr, FMT: tl.constexpr,
+    EVEN_N: tl.constexpr, WHOLE: tl.constexpr, TAIL: tl.constexpr, UNIT: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
     FIRST: tl.constexpr = NAME != ""
     block, column = _swizzle(tile, num_m, num_n, GROUP_M)
@@ -214,7 +235,7 @@ def _tile(
         s_n = w_scale + offset // 4
     acc = _product(
         a + row.to(tl.int64) * stride_ar, live, w + (expert * stride_we + weight_row * stride_wn) * UNIT,
-        s_n, (offset % 4 * 8).to(tl.int32), inside, K, SCALES, LOW, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, FMT,
+        s_n, (offset % 4 * 8).to(tl.int32), inside, K, SCALES, LOW, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_N, WHOLE, TAIL, FMT,
     )  # fmt: skip
     if bias_eN is not None:
         at = bias_eN + expert * stride_be + weight_row * stride_bn
@@ -251,8 +272,8 @@ def _fused_packed(
     ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr, LINEAR_BETA: tl.constexpr,
     SCALES: tl.constexpr, LOW: tl.constexpr, SWAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M,
-    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, PROGRAMS: tl.constexpr, OVERLAP: tl.constexpr, UNIT: tl.constexpr,
-    FMT: tl.constexpr,
+    EVEN_N: tl.constexpr, WHOLE: tl.constexpr, TAIL: tl.constexpr, PROGRAMS: tl.constexpr, OVERLAP: tl.constexpr,
+    UNIT: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
     """GEMM1 where NAME is an activation, else GEMM2. PROGRAMS > 0: a persistent grid of that size."""
     after_previous(OVERLAP)
@@ -264,7 +285,7 @@ def _fused_packed(
                 tl.program_id(0), num_m, num_n, a, w, w_scale, bias_eN, out, weights, sorted_slots, block_expert, num_slots,
                 slots_per_row, N, K, stride_ar, stride_we, stride_wn, stride_se, stride_sn, stride_be, stride_bn,
                 stride_or, stride_oc, stride_weight, NAME, GATED, PACKED, ALPHA, BETA, LIMIT, LINEAR_BETA,
-                SCALES, LOW, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, EVEN_N, EVEN_K, UNIT, FMT,
+                SCALES, LOW, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, EVEN_N, WHOLE, TAIL, UNIT, FMT,
             )  # fmt: skip
     else:
         for tile in tl.range(tl.program_id(0), num_m * num_n, PROGRAMS):
@@ -272,7 +293,7 @@ def _fused_packed(
                 tile, num_m, num_n, a, w, w_scale, bias_eN, out, weights, sorted_slots, block_expert, num_slots,
                 slots_per_row, N, K, stride_ar, stride_we, stride_wn, stride_se, stride_sn, stride_be, stride_bn,
                 stride_or, stride_oc, stride_weight, NAME, GATED, PACKED, ALPHA, BETA, LIMIT, LINEAR_BETA,
-                SCALES, LOW, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, EVEN_N, EVEN_K, UNIT, FMT,
+                SCALES, LOW, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, EVEN_N, WHOLE, TAIL, UNIT, FMT,
             )  # fmt: skip
 
 
@@ -338,6 +359,12 @@ def _scale_words(scale: Tensor, K: int) -> tuple[str, Tensor]:
     return "bytes", scale
 
 
+def _tail(K: int, step: int) -> int:
+    """Columns of a last, shorter step: a multiple of a chunk."""
+    rest = triton.cdiv(K % step, CHUNK.value) * CHUNK.value
+    return triton.next_power_of_2(rest) if rest else 0
+
+
 def _launch(
     a: Tensor,
     w: tuple[Tensor, Tensor],
@@ -373,7 +400,8 @@ def _launch(
         NAME=act.name if act else "", GATED=act is not None and act.gated, PACKED=act is not None and not act.interleaved,
         ALPHA=(act and act.alpha) or 0.0, BETA=(act and act.beta) or 0.0,
         LIMIT=(act and act.limit) or 0.0, LINEAR_BETA=(act and act.linear_beta) or 0.0,
-        SCALES=how, LOW=_low(scale), SWAP=tile.swap, EVEN_N=N % tile.block_n == 0, EVEN_K=K % tile.block_k == 0,
+        SCALES=how, LOW=_low(scale), SWAP=tile.swap, EVEN_N=N % tile.block_n == 0,
+        WHOLE=K // tile.block_k > 0, TAIL=_tail(K, tile.block_k),
         PROGRAMS=tile.per_sm * processors(a.device), UNIT=unit, FMT=FORMATS["e2m1"] if interpreted() else None,
         **launch_options(overlap), **tile.options,
     )  # fmt: skip

@@ -118,5 +118,5 @@ class Arrangement:
         (columns, dtype), (scale_columns, scale_dtype) = self._columns
         rows = torch.empty(*self._shape, columns, dtype=dtype, device=device)
         scales = torch.empty(*self._shape, scale_columns, dtype=scale_dtype, device=device) if scale_columns else None
-        self._move(self._grid, *self._exchange.as_words(rows, scales))
+        self._move(self._grid, self._exchange.as_words(rows, scales))
         return rows, scales

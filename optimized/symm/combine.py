@@ -61,7 +61,9 @@ def _put_sums(
                 home = tl.where(source == me, home, leaving + region * H)
             for first in range(0, H, BLOCK):
                 h = first + tl.arange(0, BLOCK)
-                total = tl.zeros([ROWS, BLOCK], tl.float32)
+                # Every slot's row is asked for before the first is waited for. (Triton's tuples cannot be unpacked: RUF005.)
+                values = ()
+                factors = ()
                 for k in tl.static_range(K):
                     slot = (region + token) * K + k
                     at = tl.load((ids if places is None else places) + slot, mask=real, other=-1)
@@ -69,13 +71,17 @@ def _put_sums(
                     if places is None:
                         at = tl.where(there, slot, -1)
                     row = y + at.to(tl.int64)[:, None] * stride_y
-                    value = tl.load(row + h[None, :], mask=there[:, None] & (h < H)[None, :], other=0.0).to(tl.float32)
+                    values = values + (tl.load(row + h[None, :], mask=there[:, None] & (h < H)[None, :], other=0.0),)  # noqa: RUF005
                     if WEIGHTED:
-                        value *= tl.load(weights + slot, mask=there, other=0.0).to(tl.float32)[:, None]
+                        factors = factors + (tl.load(weights + slot, mask=there, other=0.0).to(tl.float32),)  # noqa: RUF005
+                total = tl.zeros([ROWS, BLOCK], tl.float32)
+                for k in tl.static_range(K):
+                    value = values[k].to(tl.float32)
+                    if WEIGHTED:
+                        value *= factors[k][:, None]
                     total += value
-                tl.store(
-                    home + token.to(tl.int64)[:, None] * H + h[None, :], total, mask=(live != 0)[:, None] & (h < H)[None, :]
-                )
+                inside = (live != 0)[:, None] & (h < H)[None, :]
+                tl.store(home + token.to(tl.int64)[:, None] * H + h[None, :], total, mask=inside)
     if leaving is None:  # noqa: SIM102  (known when it is compiled, and the next one is not)
         if last_to_arrive(state):
             _meet_after_sums(arenas, own, state, notice, at_signals, at_notices, me, refused, limit, RANKS, CLOCK)

@@ -38,14 +38,16 @@ class Cuts:
     sums: Cut = Cut(4, 1, 1024, 4)
     """300 GB/s with two, 347 with four."""
     add: Cut = Cut(8, 1, 1024, 4)
-    copies: bool = False
-    """Rows and sums that leave are copied by the GPU's copy engines: whole regions, whatever of them is needed."""
+    copied_rows: bool = False
+    """The GPU's copy engines carry the rows: all of them to every rank, whether it needs them or not."""
+    copied_sums: bool = False
+    """They carry the sums that leave: whole regions."""
 
 
 ALONE = Cuts()
 
 
-def beside(share: float, copies: bool = False) -> Cuts:
+def beside(share: float, copied_rows: bool = False, copied_sums: bool = False) -> Cuts:
     """Cuts that leave all but this share of the multiprocessors to others: each program has as much on its way as several."""
-    put = Cut(share, 16, 64, 4) if copies else Cut(share, 4, 4096, 32)
-    return Cuts(put, Cut(share, 1, 8192, 32), Cut(share, 2, 8192, 32), copies)
+    put = Cut(share, 16, 64, 4) if copied_rows else Cut(share, 4, 4096, 32)
+    return Cuts(put, Cut(share, 1, 8192, 32), Cut(share, 2, 8192, 32), copied_rows, copied_sums)

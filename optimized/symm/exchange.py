@@ -123,6 +123,7 @@ class Exchange:
                 *self._at("signals", "notices", "tokens", "counts", "ids", "weights", "scales", "rows"),
                 *(lay.most, self.max_rows, p.slots, grid.experts, lay.local, row_words, scale_words, me),
             ),
+            free=4,
             **meeting,
             TP=grid.tp,
             SLOTS=power(p.slots),
@@ -136,19 +137,19 @@ class Exchange:
         at_sums = (*common, *self._at("signals", "notices", "tokens", "parts"), lay.most, p.hidden, me)
         shape = cuts.sums.shape(p.hidden, 8)
         # A rank that refuses has nothing to leave behind, and meets in the same launch.
-        self._leaving = torch.empty(grid.ranks, lay.most, p.hidden, device=device) if cuts.copies else None
+        self._leaving = torch.empty(grid.ranks, lay.most, p.hidden, device=device) if cuts.copied_sums else None
         self._launch_sums = {
             (leaving is not None, weighted): Launcher(
-                _put_sums, (*at_sums, leaving), **meeting, **shape, K=p.slots, WEIGHTED=weighted
+                _put_sums, (*at_sums, leaving), free=3, **meeting, **shape, K=p.slots, WEIGHTED=weighted
             )
             for leaving in {None, self._leaving}
             for weighted in (True, False)
         }
         at_meeting = (*common, *self._at("signals", "notices"), me)
-        self._launch_meeting = Launcher(_sums_are_there, at_meeting, **meeting, num_warps=4)
+        self._launch_meeting = Launcher(_sums_are_there, at_meeting, free=2, **meeting, num_warps=4)
         shape = cuts.add.shape(p.hidden, 8)
         at_add = (self.own, self.state, going, *self._at("parts"), lay.most, p.hidden)
-        self._launch_add = Launcher(_add_up, at_add, RANKS=grid.ranks, **shape)
+        self._launch_add = Launcher(_add_up, at_add, free=2, RANKS=grid.ranks, **shape)
         self._add_blocks = -(-p.hidden // shape["BLOCK"])
         self._their_rows = [lay.view(arena, "rows")[lay.region(me)] for arena in self.arenas]
         self._their_parts = [lay.view(arena, "parts")[me] for arena in self.arenas]
@@ -175,13 +176,13 @@ class Exchange:
     def _load_kernels(self) -> None:
         """A kernel that is loaded while another one spins may have to wait for it: so all are loaded before any spins."""
         rows, scales, ids, weights, y = self._nothing()
-        self._put_rows(None if self.cuts.copies else rows, scales, ids, weights, 0, refused=False, dry=True)
+        self._put_rows(rows, scales, ids, weights, 0, refused=False, dry=True)
         for places in (None, ids):
             for weighted in (True, False) if self.layout.payload.slots == 1 else (True,):
-                for refused in {False, self.cuts.copies}:
+                for refused in {False, self.cuts.copied_sums}:
                     self._put_sums(y, places, ids, weights, weighted, refused=refused, dry=True)
         self._add_up(y, dry=True)
-        self._launch_meeting((1, 1, 1), self._limit, 1)
+        self._launch_meeting((1, 1, 1), (), (self._limit, 1))
 
     def as_words(self, rows: Any, scales: Tensor | None) -> tuple[Any, Tensor | None]:
         """Rows and scales as kernels move them: in the widest integers that both kinds are made of."""
@@ -191,39 +192,35 @@ class Exchange:
         )
 
     def _put_rows(
-        self,
-        rows: Tensor | None,
-        scales: Tensor | None,
-        ids: Tensor,
-        weights: Tensor,
-        tokens: int,
-        refused: bool,
-        dry: bool = False,
+        self, rows: Tensor, scales: Tensor | None, ids: Tensor, weights: Tensor, tokens: int, refused: bool, dry: bool = False
     ) -> None:
         lay = self.layout
         work = max(-(-tokens // self.cuts.put.rows), -(-(lay.most - tokens) * lay.payload.slots // FILL), 1)
-        rows, scales = self.as_words(rows, scales)
+        rows, scales = self.as_words(None if self.cuts.copied_rows else rows, scales)
         self._launch_dispatch(
             (1 if dry else min(work, self._put_programs), 1, 1),
-            *(rows, scales, ids, weights),
-            *(0 if rows is None else rows.stride(0), 0 if scales is None else scales.stride(0)),
-            *(*ids.stride(), *weights.stride()),
-            *(tokens, int(refused), self._limit, int(dry)),
+            (rows, scales, ids, weights),
+            (
+                *(0 if rows is None else rows.stride(0), 0 if scales is None else scales.stride(0)),
+                *(*ids.stride(), *weights.stride()),
+                *(tokens, int(refused), self._limit, int(dry)),
+            ),
         )
 
     def _put_sums(
         self, y: Tensor, places: Tensor | None, ids: Tensor, weights: Tensor, weighted: bool, refused: bool, dry: bool = False
     ) -> None:
         tiles = -(-self.layout.most // self.cuts.sums.rows) * self.layout.grid.ranks
-        self._launch_sums[self.cuts.copies and not refused, weighted](
+        self._launch_sums[self.cuts.copied_sums and not refused, weighted](
             (1 if dry or refused else min(tiles, self._sums_programs), 1, 1),
-            *(y, places, ids, weights, y.stride(0), int(refused), self._limit, int(dry)),
+            (y, places, ids, weights),
+            (y.stride(0), int(refused), self._limit, int(dry)),
         )
 
     def _add_up(self, output: Tensor, dry: bool = False) -> None:
         tiles = -(-output.size(0) // self.cuts.add.rows) * self._add_blocks
-        arguments = (output, *output.stride(), output.size(0), int(dry))
-        self._launch_add((min(tiles, self._add_programs), 1, 1), *arguments)
+        numbers = (*output.stride(), output.size(0), int(dry))
+        self._launch_add((min(tiles, self._add_programs), 1, 1), (output,), numbers)
 
     # Calls.
 
@@ -238,10 +235,10 @@ class Exchange:
         if reason := self._heard():
             raise self.fail(reason)
         self.tokens = rows.size(0)
-        if self.cuts.copies:
+        if self.cuts.copied_rows:
             for there in self._in_turn(self._their_rows):
                 there[: self.tokens].copy_(rows)
-        self._put_rows(None if self.cuts.copies else rows, scales, ids, weights, self.tokens, refused=False)
+        self._put_rows(rows, scales, ids, weights, self.tokens, refused=False)
         return self.received
 
     def _in_turn(self, theirs: Sequence[T]) -> Sequence[T]:
@@ -262,7 +259,7 @@ class Exchange:
         if self._leaving is not None:
             for there, leaving in self._in_turn([*zip(self._their_parts, self._leaving, strict=True)])[1:]:
                 there.copy_(leaving)
-            self._launch_meeting((1, 1, 1), self._limit, 0)
+            self._launch_meeting((1, 1, 1), (), (self._limit, 0))
         if tokens:
             self._add_up(output)
 

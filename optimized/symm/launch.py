@@ -15,45 +15,46 @@ from moeproof.optimized.tiles import interpreted
 Tensor = torch.Tensor
 ALIGNED = 16
 """Triton compiles a kernel of its own for pointers that begin at a multiple of this."""
+WIDEST = 2**31 - 1
+"""Whole numbers above it travel as 64 bits."""
 Grid = tuple[int, int, int]
 
 
 class Launcher:
-    """A kernel with its first arguments, `fixed`, and its constants, `options`; between them stand those of a call."""
+    """A kernel with its first arguments, `fixed`, and its constants, `options`.
 
-    def __init__(self, kernel: Any, fixed: tuple[object, ...], **options: object) -> None:
-        self._kernel, self._fixed, self._options = kernel, fixed, options
+    Between them stand those of a call: tensors, then whole numbers, of which the last `free` are those that the kernel's
+    decorator says are not specialised.
+    """
+
+    def __init__(self, kernel: Any, fixed: tuple[object, ...], free: int = 0, **options: object) -> None:
+        self._kernel, self._fixed, self._free, self._options = kernel, fixed, free, options
         self._compiled: dict[tuple[object, ...], Any] = {}
-        """By what Triton specialises on, and by whatever else tells the arguments of two calls apart in kind."""
+        """By all that Triton specialises on, and whatever else tells the arguments of two calls apart in kind."""
         self._interpreted = interpreted()
         self._addresses = tuple(_address(a) for a in fixed)
         self._constants = tuple(options[name] for name in kernel.arg_names if name in options)
-        self._specialised: tuple[bool, ...] = ()
         if not self._interpreted:
             params = kernel.params[len(fixed) : len(kernel.params) - len(self._constants)]
-            self._specialised = tuple(not p.do_not_specialize for p in params)
+            plain = [p.name for p in params if p.do_not_specialize]
+            assert [p.name for p in params[len(params) - free :]] == plain, f"{free} arguments are free, not {plain}"
 
-    def __call__(self, grid: Grid, *arguments: Any) -> None:
+    def __call__(self, grid: Grid, tensors: tuple[Tensor | None, ...] = (), numbers: tuple[int, ...] = ()) -> None:
         if self._interpreted:
-            self._kernel[grid](*self._fixed, *arguments, **self._options)
+            self._kernel[grid](*self._fixed, *tensors, *numbers, **self._options)
             return
-        looks: list[object] = []
-        values: list[object] = []
-        for argument, specialised in zip(arguments, self._specialised, strict=True):
-            kind = type(argument)
-            if isinstance(argument, Tensor):
-                at = argument.data_ptr()
-                looks += (argument.dtype, at % ALIGNED, argument.is_cuda)
-                values.append(at)
-            else:
-                looks.append(argument if specialised or kind is not int else argument.bit_length() > 31)
-                values.append(argument)
-        key = tuple(looks)
+        pointers = tuple([None if t is None else t.data_ptr() for t in tensors])
+        free = len(numbers) - self._free
+        key = (
+            *[None if t is None else (t.dtype, at % ALIGNED, t.is_cuda) for t, at in zip(tensors, pointers, strict=True)],
+            *numbers[:free],
+            *[n > WIDEST for n in numbers[free:]],
+        )
         compiled = self._compiled.get(key)
         if compiled is None:
-            self._compiled[key] = self._kernel[grid](*self._fixed, *arguments, **self._options)
+            self._compiled[key] = self._kernel[grid](*self._fixed, *tensors, *numbers, **self._options)
         else:
-            compiled[grid](*self._addresses, *values, *self._constants)
+            compiled[grid](*self._addresses, *pointers, *numbers, *self._constants)
 
 
 def _address(argument: object) -> object:

@@ -53,8 +53,8 @@ FAULTS = (
     Fault(
         "combine.sums_unwritten",
         "combine.cu",
-        "return slots.local_of(id) >= 0 ? static_cast<int>(slot) : DEAD;",
-        "return static_cast<int>(slot);",
+        "return slots.local_of(id) >= 0 ? slot : DEAD;",
+        "return slot;",
         "T=17,H=56,I=48,E=60,K=6,routing=minus1",
         "P65",
         "cuda",
@@ -77,8 +77,8 @@ FAULTS = (
     Fault(
         "combine.int32_offset",
         "combine.cu",
-        "y + at[j] * a.stride_ys",
-        "y + static_cast<int>(at[j] * a.stride_ys)",
+        "y + static_cast<uint64_t>(static_cast<unsigned>(at[j])) * pitch;",
+        "y + static_cast<unsigned>(at[j] * pitch);",
         WIDE,
         "P64",
     ),
@@ -185,7 +185,8 @@ FAULTS = (
         "align.barrier_unmet",
         "align.cu",
         "        if (lane == 0) before[x * NUM_WARPS + warp] = sum;\n    }\n    __syncthreads();",
-        "        if (lane == 0) before[x * NUM_WARPS + warp] = sum;\n    }\n    if (thread < e) __syncthreads();",
+        "        if (lane == 0) before[x * NUM_WARPS + warp] = sum;\n    }\n    __syncthreads();\n"
+        "    if (thread < e) __syncthreads();",
         stands_for="P36",
         tool="synccheck",
         judged=False,

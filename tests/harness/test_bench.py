@@ -186,3 +186,16 @@ def test_weak_points_come_with_all_their_routings(tmp_path: Path) -> None:
 
     assert weak(works, path, peers, "a", 1.0) == [works[0], works[1], works[3]], "a point without a reading is weak"
     assert weak(works, path, peers, "a", 0.9) == [works[3]]
+
+
+def test_a_batched_pair_is_timed_without_its_taps() -> None:
+    """Its `out` is checked like any other's, and no peer of the standard layout is held against it."""
+    from moeproof.harness.judging.pairs import as_candidate
+    from moeproof.optimized.candidates import candidates as optimized_candidates
+
+    pair = next(c for c in optimized_candidates() if c.name == "triton-batched")
+    work = replace(SMALL, layout="batched")
+    readings = list(measure([as_candidate(pair), EAGER], [work], "cpu", Options(seconds=0.01)))
+
+    assert readings[0].us > 0 and readings[0].kind == "bf16 batched" and not readings[0].reason
+    assert "batched" in readings[1].reason

@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import importlib
 import time
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
+from moeproof.harness.cases.case import Case, parse_case
+from moeproof.harness.cases.inputs import make_inputs
 from moeproof.harness.cases.quant_sample import QUANTISED
 from moeproof.harness.judging.quant_campaign import (
     ALONE,
@@ -73,7 +76,7 @@ def test_the_committed_rows_are_continued(campaign: ModuleType) -> None:
     known = campaign.read(CI.parent / "docs" / "results" / "quant-campaign-interpreted.json")["rows"]
 
     assert {(scheme, layout, "") for scheme in QUANTISED for layout in LAYOUTS} <= set(known) <= set(rows("interpret"))
-    assert all(row.cases == row.verdicts == row.outcomes["PASS"] >= 80 for key, row in known.items() if not key[2])
+    assert all(row.cases == row.verdicts == row.outcomes["PASS"] >= 60 for row in known.values())
 
 
 @pytest.mark.parametrize("mode", SIZES)
@@ -85,6 +88,21 @@ def test_seeds_are_cases_of_their_own_that_share_what_kernels_are_compiled_for(m
 
         assert len(set(cases)) == len(cases) and len(shapes) == 1
         assert sum(c.values == "pin" for c in cases) == share // 2
+
+
+def test_draws_spread_scales_over_rows_channels_groups_and_experts() -> None:
+    """At least 8 binades of each: in `groups` of all but experts, which `experts` spreads as well."""
+    drawn = Counter(draw("fp8_tensor", "standard", seed, "device").values for seed in range(500))
+    w1, w2 = (experts_spread(parse_case("T=4,H=64,I=64,E=4,K=2,scheme=fp8_tensor,values=experts"), n) for n in ("w1", "w2"))
+
+    assert drawn["groups"] > 100 and drawn["pin"] == 125 and drawn["experts"] >= 20
+    assert w1 >= 8 and w2 >= 8
+
+
+def experts_spread(case: Case, name: str) -> float:
+    """Binades between the scales of experts."""
+    scale = getattr(make_inputs(case), f"{name}_scale").double().flatten()
+    return float((scale.max() / scale.min()).log2())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

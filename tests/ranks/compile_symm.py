@@ -51,7 +51,7 @@ def passed(launch: tuple[Any, ...]) -> list[object]:
     return [*launch[:3], *map(plain, launch[9:])]
 
 
-def held_as_found(launcher: Launcher, calls: list[tuple[Any, ...]]) -> bool:
+def held_as_found(launcher: Launcher, calls: list[tuple[tuple[Any, ...], tuple[int, ...]]]) -> bool:
     """Whether each call passes the second time, held, what it passed when Triton looked the kernel up, to the same kernel."""
     first = []
     for call in calls:
@@ -59,7 +59,7 @@ def held_as_found(launcher: Launcher, calls: list[tuple[Any, ...]]) -> bool:
         first.append(passed(LAUNCHES[-1]))
     assert len(launcher._compiled) > 1, "the calls are alike"
     for call, want in zip(calls, first, strict=True):
-        found = launcher._kernel[(3, 1, 1)](*launcher._fixed, *call, **launcher._options)
+        found = launcher._kernel[(3, 1, 1)](*launcher._fixed, *call[0], *call[1], **launcher._options)
         count = len(LAUNCHES)
         kernels = [kernel for kernel in launcher._compiled.values() if kernel is found]
         launcher((3, 1, 1), *call)
@@ -68,14 +68,15 @@ def held_as_found(launcher: Launcher, calls: list[tuple[Any, ...]]) -> bool:
     return True
 
 
-def varied() -> list[tuple[Any, ...]]:
+def varied() -> list[tuple[tuple[Any, ...], tuple[int, ...]]]:
     """Arguments of a dispatch that Triton has kernels of their own for, some twice."""
     flat, ids = torch.empty(200_000, dtype=torch.int32), torch.zeros(4096, dtype=torch.int64)
     calls = []
     for first, dtype, stride, tokens in ((0, torch.int32, 3584, 7), (1, torch.int32, 3584, 9), (0, torch.int64, 3585, 1)):
         for limit in (1, 2**33):
             names = ids.view(dtype)[first:]
-            calls.append((flat[first:], None, names, flat.view(torch.float32), stride, 0, 8, 1, 8, 1, tokens, 0, limit, 0))
+            tensors = (flat[first:], None, names, flat.view(torch.float32))
+            calls.append((tensors, (stride, 0, 8, 1, 8, 1, tokens, 0, limit, 0)))
     return calls
 
 
@@ -87,7 +88,7 @@ def main(rank: int) -> None:
     for case, (payload, grid, most) in SIZES.items():
         compile_only.Driver.case = case
         link: Any = SimpleNamespace(rank=rank, size=grid.ranks, device=torch.device("cpu"), group=None)
-        for cuts in (ALONE, beside(1 / 8), beside(1 / 8, copies=True)):
+        for cuts in (ALONE, beside(1 / 8), beside(1 / 8, copied_rows=True, copied_sums=True)):
             made = SymmStandardPrepareFinalize(link, grid, most, payload, cuts=cuts)
         SymmBatchedPrepareFinalize(link, grid, 64, most, payload)
     held = held_as_found(made.exchange._launch_dispatch, varied())

@@ -19,7 +19,7 @@ INSTALLED = {pair.name: pair for pair in rank_pairs()}
 INSTALLED["by copies"] = replace(
     INSTALLED["symm-standard-overlapped"],
     name="by copies",
-    prepare_finalize=partial(overlapped, cuts=beside(1 / 8, copies=True)),
+    prepare_finalize=partial(overlapped, cuts=beside(1 / 8, copied_rows=True, copied_sums=True)),
 )
 
 
