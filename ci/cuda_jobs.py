@@ -6,7 +6,7 @@ import contextlib
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest.mock import patch
 
@@ -21,13 +21,16 @@ from moeproof.harness import modes
 from moeproof.harness.cases.case import parse_case
 from moeproof.harness.cases.inputs import make_inputs
 from moeproof.harness.judging.judge import judge
-from moeproof.harness.judging.pairs import as_candidate
+from moeproof.harness.judging.pairs import as_candidate, forward
 from moeproof.harness.verdict import Outcome, Verdict
 from moeproof.optimized.cuda import stages, toolkit
-from moeproof.optimized.cuda.build import build_all
-from moeproof.optimized.cuda.candidates import candidate, candidates, quant_candidate
+from moeproof.optimized.cuda.candidates import batched_pair, candidate, candidates, quant_candidate
+from moeproof.optimized.cuda.quantise import quantise as cuda_quantise
+from moeproof.optimized.quant.quantise import quantise as triton_quantise
 from moeproof.optimized.slots import Slots
-from moeproof.reference.contract import Candidate
+from moeproof.reference.contract import FORMATS, SCHEMES, Activation, Candidate, Pair
+from moeproof.reference.contract.inputs import Inputs
+from moeproof.reference.contract.modular import FusedMoEModularKernel
 
 Row = dict[str, object]
 TRITON = "all-triton"
@@ -36,7 +39,8 @@ TRITON = "all-triton"
 
 def everything() -> list[Candidate]:
     """All candidates, the pairs among them too, and the layers from Triton's stages alone."""
-    return [*map(as_candidate, candidates()), candidate(TRITON, ()), quant_candidate(f"{TRITON}-quant", ())]
+    alone = candidate(TRITON, ()), quant_candidate(f"{TRITON}-quant", ()), batched_pair(f"{TRITON}-batched", ())
+    return [as_candidate(thing) for thing in (*candidates(), *alone)]
 
 
 def by_name(name: str) -> Candidate:
@@ -79,14 +83,47 @@ def routed(line: str) -> Row:
     return {"routed": line, "agrees": same}
 
 
+COMPARED = ("fp8_token", "fp8_block", "int8_token", "mxfp8", "mxfp8_up", "mxfp4_w4a4", "mxfp4_w4a4_up", "mxfp6_e3m2")
+"""Schemes whose activations either backend quantises."""
+
+
+def quantised(scheme: str) -> Row:
+    """Either backend's codes and scales of batches that take the kernels of many rows and of few: bit for bit."""
+    q = SCHEMES[scheme].a1
+    assert q is not None
+    g = torch.Generator("cuda").manual_seed(1)
+    same = True
+    for rows, columns, act in ((16384, 2048, None), (3000, 7168, None), (20000, 1536, Activation()), (700, 1536, Activation())):
+        x = (
+            torch.randn(rows, columns, generator=g, device="cuda")
+            * torch.exp2(torch.arange(rows, device="cuda") % 40 - 20.0)[:, None]
+        )
+        x, ids = x.to(torch.bfloat16), torch.randint(-1, 4, (rows // 4, 4), generator=g, device="cuda")
+        live = slice(None) if act is None else ids.flatten() >= 0
+        h = None if act is None else torch.zeros(rows, columns // 2, dtype=x.dtype, device="cuda")
+        ours = cuda_quantise(x, q, FORMATS["bf16"], act=act, slots=Slots(ids, 4, 4) if act else None, h_RI=h)
+        # The twin is given our activations: its own may differ in their last bit.
+        twin = triton_quantise(x if h is None else h, q, FORMATS["bf16"])
+        same &= all(torch.equal(a.view(torch.uint8)[live], b.view(torch.uint8)[live]) for a, b in zip(ours, twin, strict=True))
+    return {"quantised": scheme, "agrees": same}
+
+
+REPLAYED = tuple(f"T=64,H=512,I=256,E=32,K=4{more}" for more in ("", ",scheme=fp8_token", ",layout=batched,capacity=256"))
+
+
+def _out_of_pair(name: str) -> Callable[[Inputs], dict[str, torch.Tensor]]:
+    """The output alone: to find a batched layout's rows the harness looks at them on the host, which no graph can hold."""
+    pair = next(thing for thing in candidates() if thing.name == name)
+    assert isinstance(pair, Pair)
+    return lambda i: {"out": forward(FusedMoEModularKernel(pair.prepare_finalize(i), pair.experts(i)), i, None)}
+
+
 def history(name: str) -> Row:
     """Graph replay with changed inputs, and a side stream: bits as in a plain call."""
     modes.choose("device")
-    run = by_name(name).run
-    plain = by_name(name).supports(parse_case("T=64,H=512,I=256,E=32,K=4").problem) is None
-    scheme = "none" if plain else "fp8_token"
-    lines = (f"T=64,H=512,I=256,E=32,K=4,scheme={scheme},seed={seed}" for seed in (1, 2))
-    first, second = (make_inputs(parse_case(line), "cuda") for line in lines)
+    line = next(line for line in REPLAYED if by_name(name).supports(parse_case(line).problem) is None)
+    run = _out_of_pair(name) if "batched" in line else by_name(name).run
+    first, second = (make_inputs(parse_case(f"{line},seed={seed}"), "cuda") for seed in (1, 2))
     wanted = [{n: t.clone() for n, t in run(given).items()} for given in (first, second)]  # type: ignore[union-attr]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -125,9 +162,10 @@ def planted(name: str) -> Iterator[faults.Fault]:
 
 
 def compile_fault(name: str, arch: str) -> Row:
-    """Put the faulty libraries into the cache, where `hunt` finds them."""
-    with planted(name):
-        return {"libraries": len(build_all([arch]))}
+    """Put the faulty libraries that its case calls into the cache, where `hunt` finds them; the quantiser compiles longest."""
+    with planted(name) as fault:
+        wanted = [stage for stage in toolkit.STAGES if stage != "quantise" or fault.stage == "quantise"]
+        return {"libraries": len([toolkit.build(stage, arch) for stage in wanted])}
 
 
 def hunt(name: str) -> Row:

@@ -12,7 +12,9 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
+from unittest.mock import patch
 
 import torch
 from cuda_jobs import faults, planted
@@ -21,10 +23,11 @@ from moeproof.harness import modes
 from moeproof.harness.cases.case import parse_case
 from moeproof.harness.cases.inputs import make_inputs
 from moeproof.optimized.align import Alignment
-from moeproof.optimized.cuda import dispatch, grouped_gemm, quant_stages, stages
+from moeproof.optimized.cuda import activation, combine, dispatch, grouped_gemm, quant_stages, quantise, stages
 from moeproof.optimized.cuda.align import batch_rows
 from moeproof.optimized.quant.gemm import Rows
 from moeproof.optimized.slots import Slots
+from moeproof.reference.contract import quant_checks
 from moeproof.reference.contract.inputs import Inputs
 
 Tensor = torch.Tensor
@@ -42,6 +45,9 @@ CASES = (
     "T=9,H=1152,I=96,E=5,K=2,scheme=int8_token,routing=minus1",
     "T=9,H=288,I=160,E=5,K=2,scheme=mxfp4_w4a4,act=swigluoai,strided=1",
     "T=5,H=64,I=48,E=8,K=2,router=softmax:bias:zero_experts=4:scale=6",
+    # Batches that take the quantisers of many rows.
+    "T=2100,H=1160,I=512,E=4,K=2,scheme=fp8_token,routing=minus1",
+    "T=2100,H=1024,I=512,E=4,K=2,scheme=mxfp4_w4a4",
 )
 
 
@@ -54,7 +60,30 @@ def _move_only(a: Tensor, w: Tensor, out: Tensor, alignment: Alignment, slots_pe
 
 def _ones(count: int, like: Tensor) -> Tensor:
     """(count, columns of `like`), copied from the host: what a kernel that is not watched wrote would count as unwritten."""
-    return torch.ones(count, like.size(1), dtype=like.dtype).cuda()
+    with _waiting("default"):
+        return torch.ones(count, like.size(1), dtype=like.dtype).cuda()
+
+
+@contextlib.contextmanager
+def _waiting(mode: str) -> Iterator[None]:
+    """While active, torch lets the host wait for the GPU ("default"), or raises where it would ("error")."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode(mode)
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+@contextlib.contextmanager
+def nothing_read_back() -> Iterator[None]:
+    """While active, nothing is copied from the GPU to the host: any such copy raises.
+
+    Its source would be what a kernel that is not watched wrote, which to initcheck is memory that nobody wrote. So it is with
+    the one look that stages take by themselves, at a scale's values when they first see it: here they were made on the host.
+    """
+    with patch.object(quant_checks, "check_scale_values", lambda name, scale, fmt: None), _waiting("error"):
+        yield
 
 
 def _move_scaled(x: Rows, w: object, out: Tensor, alignment: Alignment, slots_per_row: int, dtype: object) -> None:
@@ -71,9 +100,23 @@ QUANT = replace(quant_stages.CUDA, gemm1=_move_scaled, gemm2=_move_scaled)
 def _once(inputs: Inputs) -> None:
     slots = Slots(inputs.topk_ids, inputs.problem.weight_experts, inputs.w1.size(0), inputs.expert_map)
     shown = stages.run(inputs, PLAIN) if inputs.problem.scheme == "none" else quant_stages.run(inputs, QUANT)
-    batch_rows(slots, 4)
     dispatch.clear_dead(shown["y"].flatten(0, 1), slots)
-    torch.cuda.synchronize()
+    _in_regions(inputs, slots)
+
+
+def _in_regions(inputs: Inputs, slots: Slots) -> None:
+    """The stages of the batched layout, in regions that some experts' rows overflow."""
+    p, x, capacity = inputs.problem, inputs.hidden_states, 4
+    rows, counts = batch_rows(slots, capacity)
+    R = inputs.w1.size(0) * capacity
+    regions = torch.empty(R, x.size(1), dtype=x.dtype, device=x.device)
+    dispatch.move_rows(x, regions, slots.K, rows=rows)
+    gate_up, h = (torch.empty(R, width, dtype=x.dtype, device=x.device) for width in (p.N, p.I))
+    gate_up = _ones(R, gate_up)
+    activation.activate(gate_up, h, p.act, counts=counts)
+    if p.scheme != "none" and p.quant.a2 is not None:
+        quantise.quantise(gate_up, p.quant.a2, p.fmt, act=p.act, counts=counts)
+    combine.combine(regions, inputs.topk_weights, slots, torch.empty_like(x, memory_format=torch.contiguous_format), rows=rows)
 
 
 def watched(fault: str, cases: int) -> None:
@@ -83,7 +126,10 @@ def watched(fault: str, cases: int) -> None:
         for line in CASES[:cases]:
             # Made on the host: how torch makes them is not what is watched.
             made = make_inputs(parse_case(line), "cpu")
-            _once(made.map({name: tensor.cuda() for name, tensor in made.tensors()}))
+            inputs = made.map({name: tensor.cuda() for name, tensor in made.tensors()})
+            with nothing_read_back():
+                _once(inputs)
+            torch.cuda.synchronize()
             print("ran", line, flush=True)
 
 

@@ -4,10 +4,12 @@
     python ci/healthy.py docs/results/healthy-h100.json --parts compiled --cases 8000 --mode device --jobs 16 --seconds 150
     python ci/healthy.py docs/results/healthy-cpu.json --merge elsewhere.json ..
 
-Parts: `cover` every pair of values of two axes; `sweep` every 16-bit gate and every code; `random` and `quantised` as many
-random cases as --cases says, `compiled` as many of a few layers, for which few kernels are compiled; `histories` side stream
-and CUDA-graph replay (GPU); `huge` offsets beyond 2^31 elements (GPU, 60 GB, a minute; give it --jobs 1). --candidates takes
-names, and `torch`, `triton` and `cuda` for all of a kind. A stage check is one tensor of one case judged against its bound.
+Parts: `cover` every pair of values of two axes, streams and graphs where there is a GPU, and several ranks, simulated ones on
+the CPU; `sweep` every 16-bit gate and every code; `random` and `quantised` as many random cases as --cases says, `compiled` as
+many of a few layers, for which few kernels are compiled, `aligned` of those that library products and fused kernels can do;
+`histories` side stream and CUDA-graph replay (GPU); `huge` offsets beyond 2^31 elements (GPU, 60 GB, a minute; give it
+--jobs 1). --candidates takes names, and `torch`, `triton` and `cuda` for all of a kind. A stage check is one tensor of one
+case judged against its bound.
 
 Pieces go to the processes as these get free, and the file is written every 20 seconds: a run that ends early loses at most
 that, and the same command goes on from there. Records of other machines are added by --merge. Exit code 0 when nothing alarmed.
@@ -36,16 +38,18 @@ import torch
 from moeproof.harness import modes, workers
 from moeproof.harness.cases.axes import covering
 from moeproof.harness.cases.case import Case, parse_case
-from moeproof.harness.cases.compiled_sample import RUN, compiled_case
+from moeproof.harness.cases.compiled_sample import RUN, aligned_case, compiled_case
 from moeproof.harness.cases.quant_sample import draw_quantised
 from moeproof.harness.cases.sample import draw
 from moeproof.harness.cases.tiers import cases_of
 from moeproof.harness.judging import campaign
 from moeproof.harness.judging.campaign import Piece, Record
 from moeproof.harness.judging.judge import judge
-from moeproof.harness.registry import find_candidates, load_candidates
+from moeproof.harness.ranks.session import RankSession
+from moeproof.harness.registry import find_candidates, find_rank_pairs, load_candidates
 from moeproof.harness.reports import results
-from moeproof.reference.contract.candidate import Candidate
+from moeproof.harness.verdict import Verdict
+from moeproof.reference.contract.candidate import Candidate, RankPair
 from moeproof.reference.contract.errors import ContractError, check
 
 HUGE = (
@@ -55,6 +59,8 @@ HUGE = (
 )
 KINDS = ("torch", "triton", "cuda")
 WRITE_SECONDS = 20
+PATIENCE = 600.0
+"""Seconds for a case on simulated ranks: slow is no alarm here."""
 STARTS = 3
 """Sets of processes, where one dies."""
 
@@ -65,7 +71,12 @@ def histories() -> list[Case]:
     return [replace(case, history=history) for case in [*cases_of("quick"), *larger] for history in ("stream", "graph")]
 
 
-ENDLESS: dict[str, Callable[[int], Case]] = {"random": draw, "quantised": draw_quantised, "compiled": compiled_case}
+ENDLESS: dict[str, Callable[[int], Case]] = {
+    "random": draw,
+    "quantised": draw_quantised,
+    "compiled": compiled_case,
+    "aligned": aligned_case,
+}
 LISTED: dict[str, Callable[[], Sequence[Case]]] = {
     "cover": covering,
     "sweep": lambda: cases_of("sweep"),
@@ -186,13 +197,26 @@ def chosen(names: Sequence[str]) -> list[Candidate]:
     return [*kinds, *load_candidates([name for name in names if name not in KINDS])]
 
 
+def simulated(names: Sequence[str]) -> list[RankPair]:
+    """What runs on simulated ranks, of the named kinds."""
+    return [pair for pair in find_rank_pairs() if pair.backend in names and "simulated" in pair.transports]
+
+
 _candidates: list[Candidate] = []
+_pairs: list[RankPair] = []
 """Of this worker process."""
 
 
 def _start(mode: str, names: list[str]) -> None:
     workers.settle(mode)
     _candidates[:] = chosen(names)
+    _pairs[:] = simulated(names)
+
+
+def _judge(thing: Candidate | RankPair, case: Case) -> Verdict:
+    if isinstance(thing, RankPair):
+        return RankSession(case.ranks, "simulated", PATIENCE).judge(thing.name, thing, case)
+    return judge(thing, case)
 
 
 _lost: list[Piece] = []
@@ -205,9 +229,9 @@ def _judge_piece(piece: Piece, cases: list[Case], mode: str) -> Record:
         os._exit(1)
     record = Record(mode)
     for case in cases:
-        for candidate in _candidates:
+        for candidate in _candidates if case.ranks == 1 else _pairs:
             try:
-                record.add_verdict(judge(candidate, case))
+                record.add_verdict(_judge(candidate, case))
             except Exception:
                 last = traceback.format_exc(limit=-3)
                 record.add_alarm(f'the harness raised on {candidate.name}, "{case}"\n{last}')

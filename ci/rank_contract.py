@@ -1,8 +1,10 @@
 """The contract of every pair for several ranks over one transport: each routing and spread, histories, relations, dtypes.
 
-    python ci/rank_contract.py [--transport gloo] [--ranks 1 ..] [--output docs/results/rank-contract-gloo.json]
+    python ci/rank_contract.py [--transport gloo] [--ranks 1 ..] [--schemes] [--output docs/results/rank-contract-gloo.json]
 
-Each is a whole judgement: poisoned memory, guard bands, repeats, the oracle on every rank. Exit code 0 where all passed.
+A pair for quantised layers alone has them in the first scheme of FIRST that it can. With --schemes also a case of every scheme
+that quantises, with uneven and empty ranks by turns. Each is a whole judgement: poisoned memory, guard bands, repeats, the
+oracle on every rank. Exit code 0 where all passed.
 tests/ranks/test_rank_judge.py runs a part.
 """
 
@@ -24,10 +26,10 @@ import torch
 from moeproof.harness.cases.case import Case, parse_case
 from moeproof.harness.ranks import command
 from moeproof.harness.ranks.session import RankSession
-from moeproof.harness.registry import find_rank_pairs
+from moeproof.harness.registry import find_crossed_pairs, find_rank_pairs
 from moeproof.harness.reports import results
 from moeproof.harness.verdict import Outcome
-from moeproof.reference.contract import ContractError, RankPair
+from moeproof.reference.contract import SCHEMES, ContractError, RankPair
 
 SIZES = "T=9,H=20,I=13,E=7,K=3"
 CASES = {
@@ -54,19 +56,39 @@ CASES = {
 }
 
 
-def cases(pair: RankPair, ranks: int) -> dict[str, Case]:
-    """Those of CASES that so many ranks can have."""
-    found = {}
+FIRST = ("none", "fp8_token", "int8_token")
+GROUPS = "T=9,H=72,I=40,E=7,K=3"
+"""Sizes for those: codes in pairs, and shards of I that a group divides."""
+SPREADS = ("routing=minus1,spread=uneven", "routing=dup,spread=empty", "routing=hot,spread=one")
+
+
+def cases(pair: RankPair, ranks: int, schemes: bool) -> dict[str, Case]:
+    """Those that so many ranks can have."""
+    found: dict[str, Case] = {}
+    possible = [s for s in FIRST if (case := _case(pair, ranks, f"scheme={s}", GROUPS)) and pair.supports(case.world) is None]
+    first = possible[0] if possible else "none"
     for reason, extra in CASES.items():
-        options = {"layout": pair.layout, "ranks": str(ranks), "seed": "5"}
-        for part in f"{SIZES},{extra}".split(","):
-            key, value = part.split("=", 1)
-            options[key] = value
-        try:
-            found[reason] = parse_case(",".join(f"{key}={value}" for key, value in options.items()))
-        except ContractError:
-            continue  # replicas with shards that do not divide, and the like
+        quantised = f"{extra},scheme={first}".replace("values=sat", "values=hetero")
+        if case := _case(pair, ranks, extra) if first == "none" else _case(pair, ranks, quantised, GROUPS):
+            found[reason] = case
+    for number, (name, scheme) in enumerate(SCHEMES.items() if schemes else ()):
+        width = max(scheme.w.group[1], 64) if scheme.quantised else 0
+        extra = f"scheme={name},values=groups,seed={number},{SPREADS[number % len(SPREADS)]}"
+        if scheme.quantised and (case := _case(pair, ranks, extra, f"T=33,H={width},I={width},E=9,K=3")):
+            found[f"scheme {name}"] = case
     return found
+
+
+def _case(pair: RankPair, ranks: int, extra: str, sizes: str = SIZES) -> Case | None:
+    """None where so many ranks cannot have it: replicas with shards that do not divide, and the like."""
+    options = {"layout": pair.layout, "ranks": str(ranks), "seed": "5"}
+    options |= dict(part.split("=", 1) for part in f"{sizes},{extra}".split(","))
+    try:
+        case = parse_case(",".join(f"{key}={value}" for key, value in options.items()))
+        case.world  # noqa: B018  (raises where the ranks cannot share the problem)
+    except ContractError:
+        return None
+    return case
 
 
 def main() -> int:
@@ -75,10 +97,18 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, action="append", help="may be repeated; 2, 3 and 4 by default")
     parser.add_argument("--deadline", type=float, default=30.0)
     parser.add_argument("--backend", default="", help="only pairs of this backend: torch, triton or cuda")
+    parser.add_argument("--layout", default="", help="only pairs of this layout: standard or batched")
+    parser.add_argument("--pairs", nargs="+", default=[], help="only pairs of these names")
+    parser.add_argument("--crossed", action="store_true", help="each pair with each single-rank pair's experts instead")
+    parser.add_argument("--schemes", action="store_true", help="also a case of every scheme that quantises")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     command.settle(options.transport, "auto")
-    pairs = [p for p in find_rank_pairs() if options.backend in ("", p.backend)]
+    pairs = find_crossed_pairs() if options.crossed else find_rank_pairs()
+    pairs = [p for p in pairs if options.backend in ("", p.backend) and options.layout in ("", p.layout)]
+    pairs = [p for p in pairs if not options.pairs or p.name in options.pairs]
+    if options.crossed:
+        pairs = [p for p in pairs if options.transport in p.transports]
     outcomes: dict[str, Counter[str]] = {}
     not_run, wrong = Counter[str](), []
     checked, longest, start = 0, 0.0, time.monotonic()
@@ -86,7 +116,7 @@ def main() -> int:
         session = RankSession(ranks, options.transport, options.deadline)
         for pair in pairs:
             tally = outcomes.setdefault(f"{pair.name}, {ranks} ranks", Counter())
-            for reason, case in cases(pair, ranks).items():
+            for reason, case in cases(pair, ranks, options.schemes).items():
                 verdict = session.judge(pair.name, pair, case)
                 tally[str(verdict.outcome)] += 1
                 checked, longest = checked + verdict.checked, max(longest, verdict.seconds)

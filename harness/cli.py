@@ -233,15 +233,16 @@ def policies(
 def ratios(
     candidates: Names = None,
     scheme: Annotated[list[str] | None, typer.Option(help="Schemes; by default all quantised ones.")] = None,
-    cases: Annotated[int, typer.Option(help="Random cases per scheme and layout; every fifth an exact probe.")] = 10,
+    cases: Annotated[int, typer.Option(help="Random cases per scheme and layout; every fourth an exact probe.")] = 10,
     output: Annotated[Path | None, typer.Option(help="File for the table, as JSON.")] = None,
     mode: Mode = "auto",
+    jobs: Jobs = 0,
     json: Json = False,
 ) -> None:
     """Measure observed/allowed errors of healthy candidates for every quantised scheme."""
     from moeproof.harness.reports import ratios as table
 
-    raise typer.Exit(table.main(candidates or [], scheme or [], cases, output, mode, json))
+    raise typer.Exit(table.main(candidates or [], scheme or [], cases, output, mode, jobs, json))
 
 
 @app.command()
@@ -256,13 +257,21 @@ def doctor(json: Json = False) -> None:
 def faults(
     classes: Annotated[list[str] | None, typer.Option("--class", help="P01 .. P100, or a name; by default all.")] = None,
     rules: Annotated[bool, typer.Option("--rules", help="Public suites' rules and recipes on the same faults.")] = False,
+    gpu: Annotated[bool, typer.Option("--gpu", help="Only what a GPU alone can trigger: streams and captured graphs.")] = False,
+    ask: Annotated[str, typer.Option(help="A check of yours, tests.py:check_moe: which of the faults it lets through.")] = "",
     output: Annotated[Path | None, typer.Option(help="Folder for faults.md and results/faults-cpu.json.")] = None,
     jobs: Jobs = 0,
     json: Json = False,
 ) -> None:
     """Plant the public fault classes one by one, and show what the harness makes of each."""
-    from moeproof.harness.faults import command
+    from moeproof.harness.faults import ask_report, command, gpu_report
 
+    if ask:
+        check(not (rules or gpu or output), "--ask goes with --class and --json only: it writes nothing")
+        raise typer.Exit(ask_report.main(ask, classes or [], json))
+    if gpu:
+        check(not classes and not rules, "--gpu goes with neither --class nor --rules: it hunts a list of its own")
+        raise typer.Exit(gpu_report.main(output, json))
     raise typer.Exit(command.main(classes or [], rules, output, jobs, json))
 
 

@@ -7,13 +7,13 @@ import importlib
 import importlib.metadata
 import importlib.util
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 from moeproof.harness.judging.pairs import as_candidate
-from moeproof.harness.ranks.crossed import JOIN, crossed
+from moeproof.harness.ranks.crossed import JOIN, cannot_cross, crossed
 from moeproof.reference.contract.candidate import Candidate, Pair, RankPair
 from moeproof.reference.contract.errors import ContractError, check, known
 
@@ -29,6 +29,17 @@ def find_candidates() -> list[Candidate]:
 def find_rank_pairs() -> list[RankPair]:
     """Every candidate for several ranks of every installed package."""
     return [thing for thing in _installed() if isinstance(thing, RankPair)]
+
+
+def find_crossed_pairs() -> list[RankPair]:
+    """Every `PAIR+EXPERTS` of them: each prepare/finalize for several ranks with the experts of each single-rank pair."""
+    found = _installed()
+    return [
+        crossed(ranks, alone)
+        for ranks in found
+        for alone in found
+        if isinstance(ranks, RankPair) and isinstance(alone, Pair) and cannot_cross(ranks, alone) is None
+    ]
 
 
 def _installed() -> list[object]:
@@ -103,15 +114,23 @@ def _named(name: str, installed: dict[str, Named]) -> Named | None:
     return None
 
 
-def _from_path(spec: str) -> object:
+def load_function(spec: str, what: str) -> Callable[..., object]:
+    """What `package.module:attribute` or `path/to/file.py:attribute` names; `what` says in messages what it was for."""
+    check(":" in spec, f"{what} '{spec}' must be module:attribute or file.py:attribute")
+    thing = _from_path(spec, what)
+    check(callable(thing), f"{what} '{spec}' is a {type(thing).__name__}, must be callable")
+    return thing  # type: ignore[return-value]
+
+
+def _from_path(spec: str, what: str = "candidate") -> object:
     where, _, attribute = spec.rpartition(":")
     try:
         module = _load_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
     except ContractError:
         raise
     except Exception as error:  # whatever the user's module does on import, say it in one line
-        raise ContractError(f"candidate '{spec}': {where} cannot be imported: {error}") from error
-    check(hasattr(module, attribute), f"candidate '{spec}': {where} has no attribute '{attribute}'")
+        raise ContractError(f"{what} '{spec}': {where} cannot be imported: {error}") from error
+    check(hasattr(module, attribute), f"{what} '{spec}': {where} has no attribute '{attribute}'")
     thing: object = getattr(module, attribute)
     return thing
 

@@ -9,7 +9,6 @@ import torch
 import triton
 import triton.language as tl
 
-from moeproof.optimized.elementary import round_product
 from moeproof.optimized.tiles import interpreted
 from moeproof.reference.contract.errors import check
 
@@ -33,7 +32,7 @@ def _move(
     x = tl.load(x_TH + token[:, None] * stride_xt + h * stride_xh, mask=mask, other=0.0)
     if weights_TK is not None:
         w = tl.load(weights_TK + token * stride_wt + (slot % K).to(tl.int64) * stride_wk, mask=live, other=0.0)
-        x = round_product(x, w.to(tl.float32)[:, None], x_TH.dtype.element_ty)
+        x = (x.to(tl.float32) * w.to(tl.float32)[:, None]).to(x_TH.dtype.element_ty)
     tl.store(out + row.to(tl.int64)[:, None] * stride_or + h * stride_oh, x, mask=mask)
 
 
@@ -44,7 +43,7 @@ def move_rows(
     rows: torch.Tensor | None = None,
     weights_TK: torch.Tensor | None = None,
 ) -> None:
-    """out[row of slot] = x[slot // K], times its weight rounded once to the dtype where weights are given.
+    """out[row of slot] = x[slot // K], times its weight where weights are given: a float32 product rounded to the dtype.
 
     `rows` int32 (T * K,), -1 = leave out; None: row = slot. Rows of `out` that no slot names are not written.
     """
@@ -64,7 +63,7 @@ def move_rows(
 
 
 def weigh_input(x_TH: torch.Tensor, weights_T1: torch.Tensor) -> torch.Tensor:
-    """(T, H): x times its token's weight, rounded once to the dtype, as a new tensor. One slot per token only."""
+    """(T, H): x times its token's weight, a float32 product rounded to the dtype, as a new tensor. One slot per token only."""
     check(
         weights_T1.shape == (x_TH.size(0), 1),
         f"the router weight can be on the input only with one slot per token; topk_weights is {tuple(weights_T1.shape)}",

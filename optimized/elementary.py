@@ -72,17 +72,3 @@ def gelu(x):
 def gelu_tanh(x):
     """x (1 + tanh z) / 2 = x sigmoid(2z), with z = sqrt(2 / pi) (x + 0.044715 x^3)."""
     return x * sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-
-
-@triton.jit
-def round_product(x, w, dtype: tl.constexpr):
-    """x * w rounded once to dtype. A float32 product rounded again to 16 bits would sometimes round twice the wrong way."""
-    if dtype == tl.float32:
-        return x.to(tl.float32) * w
-    exact = x.to(tl.float64) * w.to(tl.float64)
-    near = exact.to(tl.float32)
-    bits = near.to(tl.int32, bitcast=True)
-    # Round to odd: an inexact product takes its odd neighbour, so that the second rounding sees on which side it lay.
-    toward = tl.where(tl.abs(near.to(tl.float64)) > tl.abs(exact), bits - 1, bits + 1)
-    odd = tl.where((near.to(tl.float64) != exact) & (bits % 2 == 0) & (tl.abs(near) < float("inf")), toward, bits)
-    return odd.to(tl.float32, bitcast=True).to(dtype)

@@ -132,6 +132,10 @@ def run_experts(
 class TritonBatchedExperts(_TritonExperts):
     """Batched layout: (e, max_tokens, K) in and out. Rows beyond an expert's count are neither read nor written."""
 
+    _gemm1 = _gemm2 = staticmethod(batched_gemm)
+    _activate = staticmethod(activate)
+    """Stages, which a subclass may take from elsewhere."""
+
     def workspace_shapes(
         self, a: torch.Tensor, aq: torch.Tensor, M: int, N: int, K: int, topk: int, num_experts: int
     ) -> tuple[int, int, torch.dtype]:
@@ -167,7 +171,7 @@ class TritonBatchedExperts(_TritonExperts):
         _check_weights(w1, w2, act)
         gate_up, h, y = self._views(workspace13, workspace2, (e, C), w1, w2)
         mean_rows = min(C, topk_ids.numel() // max(global_num_experts, e) + 1)
-        batched_gemm(hidden_states, w1, gate_up, expert_num_tokens, self.b1, mean_rows)
-        activate(gate_up.flatten(0, 1), h.flatten(0, 1), act, counts=expert_num_tokens)
-        batched_gemm(h, w2, y, expert_num_tokens, self.b2, mean_rows)
+        self._gemm1(hidden_states, w1, gate_up, expert_num_tokens, self.b1, mean_rows)
+        self._activate(gate_up.flatten(0, 1), h.flatten(0, 1), act, counts=expert_num_tokens)
+        self._gemm2(h, w2, y, expert_num_tokens, self.b2, mean_rows)
         return y

@@ -81,6 +81,11 @@ class TritonNoEPPrepareFinalize(FusedMoEPrepareAndFinalize):
 class TritonBatchedPrepareFinalize(FusedMoEPrepareAndFinalize):
     """Batched layout: each local expert has a region of `max_rows` rows, valid rows first, in slot order."""
 
+    _place = staticmethod(batch_rows)
+    _move = staticmethod(move_rows)
+    _combine = staticmethod(combine)
+    """Stages, which a subclass may take from elsewhere."""
+
     def __init__(self, max_rows: int, num_local_experts: int, max_num_tokens: int | None = None) -> None:
         check(max_rows >= 1, f"max_rows={max_rows} must be >= 1")
         check(num_local_experts >= 1, f"num_local_experts={num_local_experts} must be >= 1")
@@ -115,7 +120,7 @@ class TritonBatchedPrepareFinalize(FusedMoEPrepareAndFinalize):
         check_unquantised(a1_scale=a1_scale, a2_scale=a2_scale)
         _check_weight_on_input(apply_router_weight_on_input, topk_ids)
         slots = Slots(topk_ids, num_experts, self.num_local_experts, expert_map)
-        rows, counts = batch_rows(slots, self.max_rows)
+        rows, counts = self._place(slots, self.max_rows)
         if slots.count > self.max_rows:
             most = int(counts.max())
             check(
@@ -124,7 +129,7 @@ class TritonBatchedPrepareFinalize(FusedMoEPrepareAndFinalize):
             )
         a1q = torch.empty(self.num_local_experts, self.max_rows, a1.size(1), dtype=a1.dtype, device=a1.device)
         weights = topk_weights if apply_router_weight_on_input else None
-        move_rows(a1, _rows(a1q), slots.K, rows=rows, weights_TK=weights)
+        self._move(a1, _rows(a1q), slots.K, rows=rows, weights_TK=weights)
         self._rows = rows
         return a1q, None, counts, None, None
 
@@ -147,7 +152,8 @@ class TritonBatchedPrepareFinalize(FusedMoEPrepareAndFinalize):
             f"fused_expert_output is {tuple(fused_expert_output.shape)}, must be {shape}",
         )
         slots = Slots(topk_ids, self.num_local_experts, self.num_local_experts)
-        combine(_rows(fused_expert_output), topk_weights, slots, output, weighted=not apply_router_weight_on_input, rows=rows)
+        weighted = not apply_router_weight_on_input
+        self._combine(_rows(fused_expert_output), topk_weights, slots, output, weighted=weighted, rows=rows)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

@@ -100,6 +100,11 @@ def product(rows: torch.Tensor, w_eNK: torch.Tensor, ends: torch.Tensor) -> torc
     return _grouped_mm(rows.contiguous(), w_eNK.transpose(-2, -1), offs=ends)  # type: ignore[misc]
 
 
+def batched_product(rows_eCK: torch.Tensor, w_eNK: torch.Tensor) -> torch.Tensor:
+    """(e, C, N): rows[g] @ w[g].T for each group g."""
+    return _grouped_mm(rows_eCK.contiguous(), w_eNK.transpose(-2, -1))  # type: ignore[misc]
+
+
 def run(inputs: Inputs) -> dict[str, torch.Tensor]:
     """gate_up, h, y (T, K, .) and out (T, H). Rows of dead slots are zeros."""
     p, x = inputs.problem, inputs.hidden_states

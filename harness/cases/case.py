@@ -28,10 +28,12 @@ VALUES = {
     "tail": "gates of -3 to -4, where the two gelus differ by a quarter",
     "sweep": "every bit pattern of a 16-bit gate, I to a token: T * I = 2^17 holds each with two up values",
     "groups": "normal, with magnitudes spread over 9 binades per token, channel, expert and group of 16 columns",
+    "experts": "groups, with w1 of experts spread over 9 binades and w2 over 17, so that all count in the sum",
     "edges": "zero rows and blocks, and an amax at and next to powers of two and at the format's maximum, in every 16 columns",
     "ties": "x lies exactly between codes, where every spelling of a scale formula rounds its own way",
     "codes": "x holds every code, every midpoint of two and both neighbours of each, under an amax that makes scales exact",
     "pin": "exact probe of a quantised scheme: every scale is a power of two, amax at the format's maximum, sums exact",
+    "least": "exact probe of e8m0 scales: groups of x, w1 and w2 whose scale is the least there is, 2^-127, stored as code 0",
 }
 ROUTINGS = {
     "uniform": "K distinct experts per token, all equally likely",
@@ -133,7 +135,7 @@ class Case:
 
     def _check_values(self) -> None:
         p, act = self.problem, self.problem.act
-        if self.values in ("sat", "tagged", "pin"):
+        if self.values in ("sat", "tagged", "pin", "least"):
             exact = act.name in (*SATURATING, "relu_no_mul") and not act.limit
             check(exact, f"values={self.values} needs an activation that saturates exactly; '{act}' does not")
         if self.values == "tagged":
@@ -143,6 +145,13 @@ class Case:
             check(p.dtype != "fp16", "values=pin leaves fp16's range: use bf16 or fp32")
             check(min(p.H, p.I) >= 16, f"values=pin needs 16 columns, H={p.H} and I={p.I}")
             check(not p.weight_on_input, "values=pin pins x itself: the weight cannot be on the input")
+        if self.values == "least":
+            powers = [q is not None and q.scale == "e8m0" for q in (p.quant.w, p.quant.a1 or p.quant.w)]
+            check(all(powers), f"values=least needs e8m0 scales of the weights and of x; scheme {p.scheme} has others")
+            check(act.gated, f"values=least makes faint up values: it needs a gated activation, not '{act}'")
+            check(p.dtype != "fp16", "values=least leaves fp16's range: use bf16 or fp32")
+            check(min(p.H, p.I) >= 96, f"values=least needs three groups of 32 columns, H={p.H} and I={p.I}")
+            check(not p.weight_on_input, "values=least places x itself: the weight cannot be on the input")
         if self.values == "codes":
             q = p.quant.a1
             check(q is not None and not (q.static or q.two_level), "values=codes needs a scheme that scales x by its own amax")
@@ -178,15 +187,17 @@ class Case:
 
     def _check_relation(self) -> None:
         p = self.problem
+        shared = [q for q in (p.quant.a1, p.quant.a2) if q is not None and not q.by_token and not q.static]
         if self.relation == "relabel":
             check(p.ep == 1, "relation=relabel needs every expert's weights here: ep=1")
+            one = f"scheme {p.scheme} has one scale for all that a rank computes"
+            check(self.ranks == 1 or not shared, f"relation=relabel: {one}, and other experts would be on it")
         if self.relation == "double":
             linear = not (p.weight_on_input or p.shared or p.latent_norm)
             check(linear, "relation=double needs a result linear in the weights: no weight_on_input, shared or latent_norm")
         if self.relation == "duplicate":
             check(not p.capacity, "relation=duplicate doubles the rows: it needs capacity=0")
         if self.relation == "split":
-            shared = [q for q in (p.quant.a1, p.quant.a2) if q is not None and not q.by_token and not q.static]
             check(not shared, f"relation=split: scheme {p.scheme} has one scale for all tokens, which half of them change")
         if self.relation == "ranks":
             check(self.ranks > 1, "relation=ranks moves tokens from rank to rank: it needs ranks > 1")

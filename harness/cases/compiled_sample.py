@@ -35,6 +35,14 @@ PLAIN = (
     "H=64,I=64,E=3,K=2,dtype=fp16,scale_on_sum=2.5,inplace=1,router=sparsemixer",
 )
 """Unquantised layers, each run in both layouts: every dtype, and every feature that changes a kernel, somewhere."""
+ALIGNED = (
+    "H=256,I=128,E=7,K=2,scheme=fp8_token",
+    "H=256,I=128,E=7,K=2,scheme=fp8_token,act=swigluoai,expert_bias=1",
+    "H=256,I=128,E=7,K=2,scheme=fp8_block",
+    "H=256,I=128,E=7,K=2,scheme=mxfp4_w4a16",
+    "H=256,I=128,E=7,K=2,scheme=mxfp4_w4a16,dtype=fp16,act=swigluoai,expert_bias=1",
+)
+"""Quantised layers of the sizes, dtype and storage that library products and fused kernels ask for, in the standard layout."""
 ACTIVATIONS = ("silu", "swigluoai", "silu", "gelu")
 DTYPES = ("bf16", "fp16", "bf16", "fp32")
 
@@ -59,6 +67,11 @@ def layers() -> tuple[Layer, ...]:
         for layout in LAYOUTS:
             found.append(Layer(_quantised(scheme, number, layout), (*SCALED_VALUES, "asym", "wide")))
     return tuple(found)
+
+
+@cache
+def aligned_layers() -> tuple[Layer, ...]:
+    return tuple(Layer(parse_case(f"T=1,{line}"), (*SCALED_VALUES, "asym", "wide")) for line in ALIGNED)
 
 
 def _quantised(scheme: str, number: int, layout: str) -> Case:
@@ -90,5 +103,13 @@ def draw_compiled(layer: Layer, seed: int) -> Case:
 
 def compiled_case(number: int) -> Case:
     """Case `number` of an endless series, in which each layer has a turn of RUN cases."""
-    every = layers()
+    return _turn(layers(), number)
+
+
+def aligned_case(number: int) -> Case:
+    """The same of ALIGNED."""
+    return _turn(aligned_layers(), number)
+
+
+def _turn(every: tuple[Layer, ...], number: int) -> Case:
     return draw_compiled(every[number // RUN % len(every)], number)

@@ -8,7 +8,7 @@ here because impossible combinations are a function of ours; no dependency would
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from moeproof.harness.cases.generator import Stream
 
@@ -34,10 +34,15 @@ def pairs_of(row: Row, axes: Axes) -> set[Pair]:
     return {((a, row[a]), (b, row[b])) for a, b in itertools.combinations(axes, 2)}
 
 
-def cover(axes: Axes, possible: Possible, seed: int = 0) -> tuple[list[Row], list[Pair]]:
-    """(rows, pairs that no row could be found for). Every other possible pair stands in some row."""
+def cover(axes: Axes, possible: Possible, seed: int = 0, given: Iterable[Row] = ()) -> tuple[list[Row], list[Pair]]:
+    """(rows, pairs that no row could be found for). Every other possible pair stands in some row, or in a given one."""
     stream = Stream(seed, "pairwise")
-    missing = dict.fromkeys(pairs(axes, possible))
+    allowed = pairs(axes, possible)
+    missing = dict.fromkeys(allowed)
+    for one in given:
+        for pair in pairs_of(one, axes):
+            missing.pop(pair, None)
+    known = frozenset(allowed)
     rows: list[Row] = []
     hopeless: list[Pair] = []
     while missing:
@@ -45,7 +50,7 @@ def cover(axes: Axes, possible: Possible, seed: int = 0) -> tuple[list[Row], lis
         best, most = None, -1
         found = failed = 0
         while found < TRIES and failed < DEAD_ENDS:
-            row = _filled(dict(start), axes, possible, missing, stream)
+            row = _filled(dict(start), axes, possible, known, missing, stream)
             if row is None:
                 failed += 1
                 continue
@@ -63,30 +68,33 @@ def cover(axes: Axes, possible: Possible, seed: int = 0) -> tuple[list[Row], lis
     return rows, hopeless
 
 
-def _filled(row: Row, axes: Axes, possible: Possible, missing: Mapping[Pair, None], stream: Stream) -> Row | None:
+def _filled(
+    row: Row, axes: Axes, possible: Possible, known: Collection[Pair], missing: Mapping[Pair, None], stream: Stream
+) -> Row | None:
     """The row with its other axes chosen; None where an axis has no possible value left."""
     names = list(axes)
     order = [names[i] for i in stream.shuffled(len(names)).tolist() if names[i] not in row]
     for axis in order:
         values = list(axes[axis])
-        gains = [_gain(row, axis, value, names, missing) for value in values]
+        meets = [_pairs_with(row, axis, value, names) for value in values]
+        gains = [sum(pair in missing for pair in mine) for mine in meets]
         # Best first; among equals in a drawn order, so that no value is always the filler.
         draw = stream.shuffled(len(values)).tolist()
         for i in sorted(range(len(values)), key=lambda i: (-gains[i], draw[i])):
             row[axis] = values[i]
-            if possible(row):
+            # Each of its pairs by itself first: that is known, and rules most out.
+            if all(pair in known for pair in meets[i]) and possible(row):
                 break
         else:
             return None
     return row
 
 
-def _gain(row: Row, axis: str, value: object, names: list[str], missing: Mapping[Pair, None]) -> int:
-    """Missing pairs that this value would cover with what the row has."""
+def _pairs_with(row: Row, axis: str, value: object, names: list[str]) -> list[Pair]:
+    """What this value would meet in the row."""
     at = names.index(axis)
-    count = 0
-    for other, chosen in row.items():
-        if other != axis:
-            first, second = (axis, value), (other, chosen)
-            count += ((first, second) if at < names.index(other) else (second, first)) in missing
-    return count
+    return [
+        ((axis, value), (other, chosen)) if at < names.index(other) else ((other, chosen), (axis, value))
+        for other, chosen in row.items()
+        if other != axis
+    ]

@@ -37,7 +37,8 @@ def scheme_cases(scheme: str) -> list[Case]:
     powers of two; and one rank of two, batched, with slots of -1."""
     q = SCHEMES[scheme].w
     assert q is not None
-    H, I = (200, 136) if q.ragged else (256, 128)  # noqa: E741  (the project's letter)
+    # Three groups and more along either sum, and no two of H, I and 2 I alike.
+    H, I = (200, 136) if q.ragged else (256, 3 * max(q.group[1], 32))  # noqa: E741  (the project's letter)
     plain = f"H={H},I={I},scheme={scheme}"
     lines = (
         f"T=9,E=3,K=2,{plain},values=groups,routing=minus1,seed=41",

@@ -84,6 +84,20 @@ def groups_w2(p: Problem, s: Stream, rows: int, cols: int) -> Tensor:
     return hetero_w2(p, s, rows, cols) * _group_factors(cols, s.device)
 
 
+EXPERT_BINADES = (-4, 4, 0, -2, 2, -3, 3, -1, 1)
+"""Of an expert's w1, in turn: two neighbours are 8 apart."""
+
+
+def experts_w1(p: Problem, s: Stream, rows: int, cols: int, expert: int) -> Tensor:
+    """`groups`, each expert in a binade of its own: a scale of a whole expert, taken from another, is wrong by a factor."""
+    return groups_w1(p, s, rows, cols) * 2.0 ** EXPERT_BINADES[expert % 9]
+
+
+def experts_w2(p: Problem, s: Stream, rows: int, cols: int, expert: int) -> Tensor:
+    """h follows the square of w1's factor where gates are open; w2 takes it back, so that every expert counts in the sum."""
+    return groups_w2(p, s, rows, cols) * 2.0 ** (-2 * EXPERT_BINADES[expert % 9])
+
+
 _LEADERS = (1.0, 1.0 - 2.0**-8, 1.0 + 2.0**-7, 1.75, 1.5, 1.75 + 2.0**-7, 1.5 + 2.0**-7)
 """amax of a block over a power of two: at it, one bf16 step below and above; at the maxima 448 and 6, and one step above."""
 

@@ -19,7 +19,7 @@ HIDDEN = (16, 32, 40, 64, 72, 96, 104, 128)
 INTERMEDIATE = (16, 24, 32, 48, 50, 64, 88, 112)
 EXPERTS = (1, 2, 3, 5, 8, 12, 17, 60)
 SLOTS = (1, 2, 3, 4, 6, 8, 10)
-SAMPLED_VALUES = tuple(v for v in VALUES if v not in ("sweep", "groups", "edges", "ties", "codes", "pin"))
+SAMPLED_VALUES = tuple(v for v in VALUES if v not in ("sweep", "groups", "experts", "edges", "ties", "codes", "pin", "least"))
 """The sweep is a tier of its own: it wants one expert and 2^17 gates. The others are about scales (quant_sample)."""
 ACTIVATIONS = (
     "silu",

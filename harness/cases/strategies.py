@@ -13,12 +13,12 @@ from hypothesis import HealthCheck, Phase, assume, find, settings
 from hypothesis import strategies as st
 from hypothesis.errors import NoSuchExample
 
-from moeproof.harness.cases.axes import AXES, build
+from moeproof.harness.cases.axes import AXES, build, possible
 from moeproof.harness.cases.case import Case
 from moeproof.harness.cases.pairwise import Row
 from moeproof.reference.contract.errors import ContractError
 
-SIMPLEST: Row = {"E": 2, "K": 1, "T": 1, "H": 16, "I": 8}
+SIMPLEST: Row = {"E": 2, "K": 1, "T": 1, "H": 24, "I": 14, "scheme": "none"}
 """What each size shrinks toward; other axes shrink toward their first value."""
 
 
@@ -32,11 +32,19 @@ def _ordered(axis: str) -> list[object]:
 
 @st.composite
 def cases(draw: st.DrawFn, **fixed: object) -> Case:
-    """A Case over all axes of harness.axes; some may be fixed, e.g. cases(layout="batched", values="int")."""
+    """A Case over all axes of cases/axes.py; some may be fixed, e.g. cases(layout="batched", values="int").
+
+    Each axis is drawn from the values that still go with those before it. Use it with `given`, or with `search`.
+    """
     unknown = set(fixed) - set(AXES)
     if unknown:
         raise ContractError(f"axis '{sorted(unknown)[0]}' is not known; allowed: {', '.join(AXES)}")
-    row: Row = {axis: fixed[axis] if axis in fixed else draw(st.sampled_from(_ordered(axis))) for axis in AXES}
+    row: Row = dict(fixed)
+    for axis in AXES:
+        if axis not in fixed:
+            left = [value for value in _ordered(axis) if possible(row | {axis: value})]
+            assume(left)
+            row[axis] = draw(st.sampled_from(left))
     try:
         return build(row, seed=draw(st.integers(0, 2**16)))
     except ContractError:

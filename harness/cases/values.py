@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from moeproof.harness.cases import code_sweep, pinned, probes, recipes
+from moeproof.harness.cases import code_sweep, least, pinned, probes, recipes
 from moeproof.harness.cases.generator import Stream
 from moeproof.reference.contract.problem import Problem
 
@@ -36,17 +36,19 @@ RECIPES: dict[str, tuple[MakeX, MakeW, MakeW]] = {
     "clamp": (recipes.normal_x, probes.clamp_w1, _normal_w2),
     "tail": (probes.tail_x, probes.tail_w1, probes.tail_w2),
     "groups": (recipes.groups_x, _alike(recipes.groups_w1), _alike(recipes.groups_w2)),
+    "experts": (recipes.groups_x, recipes.experts_w1, recipes.experts_w2),
     "edges": (recipes.edges_x, _alike(recipes.edges_w1), _alike(recipes.edges_w2)),
     "ties": (recipes.ties_x, _normal_w1, _normal_w2),
     "codes": (code_sweep.codes_x, _normal_w1, _normal_w2),
     "pin": (pinned.pinned_x, _alike(pinned.pinned_w1), _alike(pinned.pinned_w2)),
+    "least": (least.least_x, _alike(least.least_w1), _alike(least.least_w2)),
     "sweep": (probes.sweep_x, probes.sweep_w1, probes.sweep_w2),
 }
-WHOLE = ("int", "sat", "tagged", "wide", "pin")
+WHOLE = ("int", "sat", "tagged", "wide", "pin", "least")
 """Biases are small integers."""
-NO_BIAS = ("sat", "tagged", "pin")
+NO_BIAS = ("sat", "tagged", "pin", "least")
 """A bias on the gate would leave the saturated values."""
-EXACT_WEIGHTS = ("int", "sat", "tagged", "sweep", "pin")
+EXACT_WEIGHTS = ("int", "sat", "tagged", "sweep", "pin", "least")
 """Routing weights are powers of two."""
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from moeproof.reference.contract.schemes import SCHEMES
 from moeproof.reference.contract.stages import Stage
 
 Edit = Mapping[str, Callable[..., Any]]
@@ -40,8 +41,12 @@ class Fault:
     ground: str = "layer"
     schemes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Variant -> quantised schemes that it can happen in; empty on grounds that quantise nothing."""
+    not_in: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Reason -> quantised schemes in which no variant can happen: together with `schemes` all that there are."""
     least: int = 1
     """Tokens that its trigger needs where that is more than a few, all else at its smallest; `note` says why."""
+    on_gpu: tuple[str, ...] = ()
+    """Variants that only a GPU can trigger, planted in on_gpu.py; `moeproof faults --gpu` hunts them."""
     random: bool = False
     """Fires by chance: scored by repeats to detection for each p of CHANCES."""
     why_not: str = ""
@@ -56,6 +61,17 @@ class Fault:
             raise ValueError(f"{self.id}: ground '{self.ground}' is not known; allowed: {', '.join(GROUNDS)}")
         if self.ground == "quant" and not all(self.schemes.get(variant) for variant in self.variants):
             raise ValueError(f"{self.id}: every variant must name the schemes that it can happen in")
+        if self.ground == "quant":
+            self._check_schemes()
+
+    def _check_schemes(self) -> None:
+        """Each quantised scheme has a planting or one reason why not, and none has both."""
+        planted = {scheme for schemes in self.schemes.values() for scheme in schemes}
+        reasons = [scheme for schemes in self.not_in.values() for scheme in schemes]
+        for name, scheme in SCHEMES.items():
+            if scheme.quantised and (name in planted) + reasons.count(name) != 1:
+                found = "both planted and not" if name in planted else f"given {reasons.count(name)} reasons"
+                raise ValueError(f"{self.id}: scheme {name} must be planted, or have one reason why not; it is {found}")
 
     @property
     def section(self) -> str:

@@ -11,9 +11,10 @@ from moeproof.harness.faults.nulls import NULLS, Taken
 from moeproof.harness.faults.side_by_side import SINGLE, Row
 
 
-def page(campaign: Campaign, environment: str) -> str:
-    """The whole page."""
-    lines = [*_head(campaign, environment), *_classes(campaign), *_not_planted(campaign), *_notes(campaign)]
+def page(campaign: Campaign, environment: str, on_gpu: Sequence[str]) -> str:
+    """The whole page; `on_gpu` is its section about what only a GPU can trigger."""
+    lines = [*_head(campaign, environment), *_classes(campaign), *_not_planted(campaign), *_not_in(campaign), *_notes(campaign)]
+    lines += on_gpu
     if campaign.ours:
         lines += ["", "## The same faults under public rules, on our inputs", ""]
         lines += [
@@ -129,6 +130,21 @@ def _not_planted(c: Campaign) -> list[str]:
 def _notes(c: Campaign) -> list[str]:
     notes = [f"- {f.id} {f.name}: {f.note}." for f in c.planted if f.note]
     return ["", "## Notes", "", *notes] if notes else []
+
+
+def _not_in(c: Campaign) -> list[str]:
+    rows = [
+        f"| {f.id} {f.name} | {reason} | {', '.join(schemes)} |"
+        for f in c.planted
+        for reason, schemes in f.not_in.items()
+        if schemes
+    ]
+    head = ["| class | why it cannot happen | schemes |", "| --- | --- | --- |"]
+    words = [
+        "In every other quantised scheme the class is planted, in one variant at least. A class that forgets a scheme, or",
+        "gives a reason where it is planted, is refused when the catalogue is read.",
+    ]
+    return ["", "## Quantised schemes without a planting", "", *words, "", *head, *rows] if rows else []
 
 
 def _own_row(c: Campaign) -> Row:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from moeproof.harness.faults import markdown
+from moeproof.harness.faults import gpu_report, markdown
 from moeproof.harness.faults.campaign import Campaign
 from moeproof.harness.faults.hunt import Hunt
 from moeproof.harness.faults.nulls import Taken
@@ -94,6 +94,7 @@ def write(folder: Path, campaign: Campaign) -> None:
         "default_tier": campaign.default_tier,
         "shrinking": campaign.shrinking,
         "vacuous_cases": campaign.well.vacuous,
+        "on_gpu": {f.id: list(f.on_gpu) for f in campaign.chosen if f.on_gpu},
         "not_planted": {f.id: f.why_not for f in campaign.chosen if not f.planted},
         "hunts": [record(h) for h in campaign.hunts],
         "shrunk": [
@@ -105,4 +106,4 @@ def write(folder: Path, campaign: Campaign) -> None:
     }
     results.write(folder / "results" / "faults-cpu.json", content)
     environment = f"python {platform.python_version()}, torch {torch.__version__}, cpu ({platform.machine()})"
-    (folder / "faults.md").write_text(markdown.page(campaign, environment), encoding="utf-8")
+    (folder / "faults.md").write_text(markdown.page(campaign, environment, gpu_report.section(folder)), encoding="utf-8")

@@ -9,6 +9,7 @@ import torch
 from moeproof.harness.judging.pattern import describe
 from moeproof.harness.verdict import Finding
 from moeproof.reference.contract.stages import TENSORS
+from moeproof.reference.oracle.overflow import half_step, may_be_infinite
 from moeproof.reference.oracle.value import Value
 
 Tensor = torch.Tensor
@@ -29,9 +30,9 @@ def within(got: Tensor, want: Value) -> Tensor:
     ok = (got - value).abs() <= want.bound
     ok |= (got == value) | free(want)
     if want.fmt is not None:
-        # A value within its bound of overflow may be stored as infinity.
-        over = (value.abs() + want.bound > want.fmt.max) & got.isinf() & (got.sign() == value.sign())
-        ok |= over
+        # Half an ulp of a bound is the rounding's own.
+        infinite = may_be_infinite(value, want.bound - half_step(want.fmt), want.fmt)
+        ok |= infinite & got.isinf() & (got.sign() == value.sign())
     return ok
 
 

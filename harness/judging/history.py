@@ -60,6 +60,8 @@ def interleave(trial: Trial) -> Ruling | None:
     for other in others(trial.case):
         if trial.candidate.supports(other.problem) is None:
             between = run_once(trial.candidate, make_inputs(other, trial.device), PATTERNS[1])
+            if between.refused and other.routing == "beyond":
+                continue  # as it may; few tokens may have had no such id themselves
             if ruling := failed(between):
                 return replace(ruling, reason=f"{ruling.reason} (in between, on {other})" if ruling.reason else "")
     again = trial.again(trial.inputs, PATTERNS[0])

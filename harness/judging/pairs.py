@@ -146,11 +146,12 @@ def _batched(prepared: tuple[Any, ...], results: Mapping[str, Tensor], inputs: I
     index, _ = find_rows(own, counts, inputs, want)
     if bool(((index < 0) & (local_ids(inputs) >= 0)).any()):
         return shown
+    a2 = inputs.problem.quant.a2
     for name, t in results.items():
-        if t.shape[:2] == rows.shape[:2]:
+        if name == "hs" and a2 is not None and not a2.by_token:
+            shown[name] = t  # one scale for all rows, also where there is but one row
+        elif t.shape[:2] == rows.shape[:2]:
             shown[name] = _at(t, index)
-        elif t.shape == (1, 1, 1):
-            shown[name] = t
     return shown
 
 
@@ -178,6 +179,7 @@ def as_candidate(thing: object) -> Candidate:
             supports=lambda problem: _supports(thing, problem),
             claims=thing.claims,
             backend=thing.backend,
+            claims_in=thing.claims_in,
         )
     if callable(thing):
         name = getattr(thing, "__name__", type(thing).__name__).strip("<>")

@@ -47,7 +47,7 @@ def _judge(codes: str, scale: str, shown: Shown, want: Quantised, inputs: Inputs
         groups = want.s.isfinite()
         if q.by_token:
             groups = reduce_groups(relevant.double(), q, "amin") > 0
-        elif not bool(want.defined.all()):
+        elif not q.static and not bool(want.defined.all()):
             groups = torch.zeros_like(groups)
         results[scale] = compare_bits(scale, shown[scale], want.scale(inputs.problem.fmt), groups, experts)
     if codes in shown:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 
 from moeproof.harness.cases.case import Case
 from moeproof.harness.ranks.bench_calls import RAW
-from moeproof.harness.ranks.bench_clock import Samples, time_pair, time_raw
+from moeproof.harness.ranks.bench_clock import Laps, Samples, time_pair, time_raw
 from moeproof.harness.ranks.bench_load import Load, busiest, full_size
 from moeproof.harness.ranks.outcome import RankRun
 from moeproof.harness.ranks.pairs import support
@@ -43,6 +43,13 @@ class Phase:
 
 
 @dataclass(frozen=True)
+class Phases:
+    dispatch: Phase
+    combine: Phase
+    both: Phase
+
+
+@dataclass(frozen=True)
 class Reading:
     """One candidate, or one bare collective, at one number of tokens. Without times where `reason` says why."""
 
@@ -62,6 +69,8 @@ class Reading:
     """dispatch and combine in one, without a barrier between them."""
     tokens_per_s: float = math.nan
     """Of all ranks together, by `both`."""
+    replayed: Phases | None = None
+    """The same in CUDA graphs, of what can be captured."""
     dispatch_bytes: int = 0
     """A direction: what must move, or what the bare collective moves."""
     combine_bytes: int = 0
@@ -140,7 +149,7 @@ def _raw(pool: RankPool, kind: str, case: Case, T: int, options: Options) -> Rea
     if "gather" in kind:
         rows = (case.ranks - 1) * case.world.max_tokens * p.H
         there, back = rows * p.fmt.dtype.itemsize, rows * 4
-    return _read(head, pool.run(time_raw, kind, str(case), options.seconds), there, back)
+    return read(head, pool.run(time_raw, kind, str(case), options.seconds), there, back)
 
 
 def _pair(
@@ -165,29 +174,35 @@ def _pair(
     if (failed := session.load(name)) is not None:  # new ranks, if the last candidate broke the pool
         return replace(head, reason=failed.headline)
     needed = Load(case).must_move()
-    return _read(head, pool.run(time_pair, name, str(case), options.seconds), needed, needed)
+    return read(head, pool.run(time_pair, name, str(case), options.seconds), needed, needed)
 
 
-def _read(head: Reading, run: RankRun, there: int, back: int) -> Reading:
+def read(head: Reading, run: RankRun, there: int, back: int) -> Reading:
     """The reading of what every rank sampled."""
     if not run.ok:
         return replace(head, reason=run.headline)
     every: tuple[Samples, ...] = run.results
     if found := [words for samples in every for words in samples.findings]:
         return replace(head, reason=f"wrong: {found[0]}")
-    dispatch = _phase([s.dispatch for s in every], there)
-    combine = _phase([s.combine for s in every], back)
-    both = _phase([s.both for s in every], there + back)
+    called, first = _phases([s.called for s in every], there, back), every[0].called
+    assert called is not None and first is not None, "nothing is wrong, so there are times"
     return replace(
         head,
-        dispatch=dispatch,
-        combine=combine,
-        both=both,
-        tokens_per_s=head.ranks * head.T / both.us * 1e6,
+        **vars(called),
+        tokens_per_s=head.ranks * head.T / called.both.us * 1e6,
+        replayed=_phases([s.replayed for s in every], there, back),
         dispatch_bytes=there,
         combine_bytes=back,
-        repeats=len(every[0].both),
+        repeats=len(first.both),
     )
+
+
+def _phases(every: Sequence[Laps | None], there: int, back: int) -> Phases | None:
+    laps = [rank for rank in every if rank is not None]
+    if not laps:
+        return None
+    dispatch, combine, both = ([getattr(rank, name) for rank in laps] for name in ("dispatch", "combine", "both"))
+    return Phases(_phase(dispatch, there), _phase(combine, back), _phase(both, there + back))
 
 
 def _phase(by_rank: Sequence[Sequence[float]], moved: int) -> Phase:

@@ -1,7 +1,8 @@
 """What the benchmark of ranks calls on each of them: a pair's prepare and finalize, or the raw collectives beside them.
 
 Each has dispatch() and combine(), in turn, and says what is wrong with what the last of each left here. Payloads are tags
-(harness.ranks.tags), so every row is held against who it must be, at the size that is timed.
+(harness.ranks.tags), so every row is held against who it must be, at the size that is timed. Both can be captured in CUDA
+graphs where the one called allows it: their tensors stay where they are.
 """
 
 from __future__ import annotations
@@ -34,6 +35,12 @@ class Calls(Protocol):
 
     def combine(self) -> None: ...
 
+    def compute(self) -> None:
+        """What stands between a dispatch and its combine, untimed, and in tensors that stay where they are."""
+
+    def spoil(self) -> None:
+        """Overwrite what earlier calls left here, so that nobody takes it for a result of the next."""
+
     def wrong_rows(self) -> list[str]: ...
 
     def wrong_output(self) -> list[str]: ...
@@ -45,7 +52,7 @@ def factor(expert: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class PairCalls:
-    """prepare and finalize of a RankPair. Expert e returns its rows times 2^(e mod 4), computed once and untimed."""
+    """prepare and finalize of a RankPair. Expert e returns its rows times 2^(e mod 4)."""
 
     def __init__(self, context: RankContext, pair: RankPair, load: Load) -> None:
         self.pair, self.load, self.rank = pair, load, context.rank
@@ -63,10 +70,16 @@ class PairCalls:
             i.hidden_states, None, None, i.topk_weights, self.ids, i.problem.weight_experts, i.expert_map, False
         )
 
-    def combine(self) -> None:
+    def compute(self) -> None:
         assert self.prepared is not None, "dispatch comes first"
-        if self.y is None:
-            self.y = self._experts(self.prepared)
+        y = self._experts(self.prepared)
+        if self.y is None or self.y.shape != y.shape:
+            self.y = y
+        else:
+            self.y.copy_(y)
+
+    def combine(self) -> None:
+        assert self.prepared is not None and self.y is not None, "dispatch and compute come first"
         ids, weights = self.prepared[3:]
         self.parts.finalize(
             self.output,
@@ -76,9 +89,13 @@ class PairCalls:
             False,
         )
 
-    def fresh(self) -> None:
-        """The next combine computes y anew: rows may come in another order in every dispatch."""
-        self.y = None
+    def spoil(self) -> None:
+        self.output.fill_(torch.nan)
+        if self.prepared is None:
+            return
+        rows = self.prepared[0]
+        if rows.is_contiguous() and not _same_memory(rows, self.inputs.hidden_states):
+            rows.view(torch.uint8).fill_(0xFF)
 
     def _experts(self, prepared: Prepared) -> Tensor:
         rows, _, _, ids, _ = prepared
@@ -129,7 +146,21 @@ class PairCalls:
         return []
 
 
-class RawExchange:
+class _Raw:
+    """A bare collective computes nothing; `there` and `back` are what its two ways fill."""
+
+    there: Tensor
+    back: Tensor
+
+    def compute(self) -> None:
+        pass
+
+    def spoil(self) -> None:
+        self.there.fill_(-1)
+        self.back.fill_(-1)
+
+
+class RawExchange(_Raw):
     """all_to_all_single there and back, into buffers that exist: the same rows as a dispatch, and nothing else."""
 
     def __init__(self, context: RankContext, load: Load, by_slot: bool) -> None:
@@ -153,7 +184,7 @@ class RawExchange:
         return _changed(self.rank, torch.equal(self.back, self.rows))
 
 
-class RawGather:
+class RawGather(_Raw):
     """all_gather of every rank's rows, and reduce_scatter of float32 rows as many."""
 
     def __init__(self, context: RankContext, load: Load) -> None:
@@ -180,7 +211,7 @@ class RawGather:
         return _changed(self.rank, torch.equal(self.back, self.size * self.rows.float()))
 
 
-class RawPut:
+class RawPut(_Raw):
     """Copies into the peers' symmetric memory and one barrier, there and back: what a one-sided exchange moves at least."""
 
     def __init__(self, context: RankContext, load: Load) -> None:
@@ -192,6 +223,7 @@ class RawPut:
         self.rows = own_rows(load, context.rank, by_slot=False)
         # A region of `most` rows for every peer, for the way there and for the way back.
         self.buffer = symmetric.empty(2, self.size, most, p.H, dtype=p.fmt.dtype, device=load.device)
+        self.there, self.back = self.buffer
         self.handle = symmetric.rendezvous(self.buffer, context.group.group_name)
 
     def dispatch(self) -> None:
@@ -233,6 +265,10 @@ def own_rows(load: Load, rank: int, by_slot: bool) -> Tensor:
     if not by_slot:
         return x[needed.T.nonzero()[:, 1]]
     return x[torch.cat([(target == r).nonzero()[:, 0] for r in range(load.case.ranks)])]
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def _strange(rank: int, right: bool) -> list[str]:

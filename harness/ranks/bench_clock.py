@@ -23,12 +23,22 @@ LEAST, MOST = 3, 100
 
 
 @dataclass(frozen=True)
-class Samples:
-    """One rank's microseconds, repeat by repeat; empty where something is wrong on some rank."""
+class Laps:
+    """One rank's microseconds, repeat by repeat."""
 
-    dispatch: tuple[float, ...] = ()
-    combine: tuple[float, ...] = ()
-    both: tuple[float, ...] = ()
+    dispatch: tuple[float, ...]
+    combine: tuple[float, ...]
+    both: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What one rank has to say: times, or what is wrong on it (then, or where another rank is wrong, no times)."""
+
+    called: Laps | None = None
+    """Each call from the host."""
+    replayed: Laps | None = None
+    """Each call as a CUDA graph of its own: what the device does, and nothing of the host."""
     findings: tuple[str, ...] = ()
 
 
@@ -82,40 +92,65 @@ def time_pair(context: RankContext, candidate: str | RankPair, line: str, second
     """prepare and finalize of a candidate on the case of this line, for about `seconds`."""
     pair = installed(candidate) if isinstance(candidate, str) else candidate
     calls = PairCalls(context, pair, Load(parse_case(line), context.device))
-    return _timed(context, calls, seconds, calls.fresh)
+    return _timed(context, calls, seconds, pair.capturable)
 
 
 def time_raw(context: RankContext, kind: str, line: str, seconds: float) -> Samples:
     """The same of a bare collective (bench_calls.RAW)."""
-    return _timed(context, RAW[kind](context, Load(parse_case(line), context.device)), seconds, lambda: None)
+    return _timed(context, RAW[kind](context, Load(parse_case(line), context.device)), seconds, capturable=True)
 
 
-def _timed(context: RankContext, calls: Calls, seconds: float, fresh: Callable[[], None]) -> Samples:
-    """Judge, time, judge again. All ranks take the same turns."""
+Act = Callable[[], object]
+
+
+def _timed(context: RankContext, calls: Calls, seconds: float, capturable: bool) -> Samples:
+    """Judge, time, judge again; then the same of the calls in graphs. All ranks take the same turns."""
     link = GroupLink(context.group, context.device)
+
+    def everyone(number: float) -> float:
+        return float(link.all_gather(torch.tensor([number], dtype=torch.float64, device=context.device)).max())
+
+    def judged(dispatch: Act, combine: Act) -> Samples | None:
+        calls.spoil()
+        everyone(0)  # no rank sends before all have spoilt what they hold
+        # Rows first, on all ranks: one rank's wrong rows spoil every rank's output, and combine may write over them.
+        for act, look in ((dispatch, calls.wrong_rows), (combine, calls.wrong_output)):
+            act()
+            found = tuple(look())
+            if everyone(len(found)):
+                return Samples(findings=found)
+            if act is dispatch:
+                calls.compute()
+        return None
+
+    def timed(dispatch: Act, combine: Act, both: Act) -> Samples | Laps:
+        if (wrong := judged(dispatch, combine)) is not None:
+            return wrong
+        lap(both)
+        slowest = everyone(lap(both))
+        repeats = int(min(max(seconds * 1e6 / (2 * slowest), LEAST), MOST))
+        turns = [(lap(dispatch), lap(combine), lap(both)) for _ in range(repeats)]
+        return judged(dispatch, combine) or Laps(*zip(*turns, strict=True))
 
     def both() -> None:
         calls.dispatch()
         calls.combine()
 
-    def everyone(number: float) -> float:
-        return float(link.all_gather(torch.tensor([number], dtype=torch.float64, device=context.device)).max())
-
-    def judged() -> Samples | None:
-        fresh()
-        # Rows first, on all ranks: one rank's wrong rows spoil every rank's output, and combine may write over them.
-        for act, look in ((calls.dispatch, calls.wrong_rows), (calls.combine, calls.wrong_output)):
-            act()
-            found = tuple(look())
-            if everyone(len(found)):
-                return Samples(findings=found)
-        return None
-
-    if (wrong := judged()) is not None:
-        return wrong
     lap = stopwatch(context)
-    lap(both)
-    slowest = everyone(lap(both))
-    repeats = int(min(max(seconds * 1e6 / (2 * slowest), LEAST), MOST))
-    turns = [(lap(calls.dispatch), lap(calls.combine), lap(both)) for _ in range(repeats)]
-    return judged() or Samples(*zip(*turns, strict=True))
+    called = timed(calls.dispatch, calls.combine, both)
+    if isinstance(called, Samples):
+        return called
+    if not capturable or context.device.type != "cuda":
+        return Samples(called)
+    # In this order: what dispatch leaves, and what combine and the checks look at, is then that of its own graph.
+    graphs = [_captured(act) for act in (both, calls.dispatch, calls.combine)]
+    replayed = timed(graphs[1].replay, graphs[2].replay, graphs[0].replay)
+    return replayed if isinstance(replayed, Samples) else Samples(called, replayed)
+
+
+def _captured(act: Act) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    # What other threads do meanwhile is theirs: NCCL's watchdog asks for its events.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        act()
+    return graph

@@ -18,8 +18,9 @@ ON_A_CPU = (
     "every row at this size, and what the harness itself costs; they say nothing about a GPU, a network or a kernel."
 )
 ON_GPUS = (
-    "Microseconds are of device events around each call, after a barrier on the stream; launches before the first host "
-    "synchronisation are hidden, as in a replayed graph. Everything a call does is in them: counts, ids, scales, checks."
+    "Microseconds are of device events around each call, after a barrier on the stream; some 60 us of launches are hidden by "
+    "the wait before it. `replayed` is the same call captured in a CUDA graph: without the host. Everything a call does on the "
+    "device is in both: counts, ids, scales, checks."
 )
 BYTES = (
     "GB/s count, of the busiest rank's busier direction, the rows that must move between ranks: for each token one to every "
@@ -41,8 +42,14 @@ def lines(readings: Sequence[Reading]) -> Iterator[str]:
         if r.dispatch is None or r.combine is None or r.both is None:
             yield f"{r.T:>6} {r.candidate:<36} {r.reason}"
             continue
-        cells = (_spread(r.dispatch), f"{r.dispatch.gbs:.3g}", _spread(r.combine), f"{r.combine.gbs:.3g}", _spread(r.both))
-        yield COLUMNS.format(r.T, r.candidate, *cells, f"{r.tokens_per_s:.3g}")
+        yield COLUMNS.format(r.T, r.candidate, *_cells(r.dispatch, r.combine, r.both), f"{r.tokens_per_s:.3g}")
+        if r.replayed:
+            rate = r.ranks * r.T / r.replayed.both.us * 1e6
+            yield COLUMNS.format("", "  replayed", *_cells(**vars(r.replayed)), f"{rate:.3g}")
+
+
+def _cells(dispatch: Phase, combine: Phase, both: Phase) -> tuple[str, ...]:
+    return _spread(dispatch), f"{dispatch.gbs:.3g}", _spread(combine), f"{combine.gbs:.3g}", _spread(both)
 
 
 def _spread(phase: Phase) -> str:

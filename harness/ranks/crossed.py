@@ -12,20 +12,23 @@ JOIN = "+"
 """Between the two names: `eager-alltoall+triton-fp8-modular`."""
 
 
+def cannot_cross(ranks: RankPair, alone: Pair) -> str | None:
+    """Why they cannot work together, or None."""
+    if ranks.layout != alone.layout:
+        return f"{ranks.name} works on the {ranks.layout} layout and {alone.name} on the {alone.layout} one; they must be equal"
+    if "torch" in (ranks.backend, alone.backend) or ranks.backend == alone.backend:
+        return None
+    return f"{ranks.name} needs backend {ranks.backend} and {alone.name} {alone.backend}; one process has one of them"
+
+
 def crossed(ranks: RankPair, alone: Pair) -> RankPair:
-    """`ranks` with the experts of `alone`. Raises ContractError where they do not share a layout."""
-    check(
-        ranks.layout == alone.layout,
-        f"{ranks.name} works on the {ranks.layout} layout and {alone.name} on the {alone.layout} one; they must be equal",
-    )
+    """`ranks` with the experts of `alone`. Raises ContractError where they do not share a layout, or a backend."""
+    reason = cannot_cross(ranks, alone)
+    check(reason is None, str(reason))
 
     def supports(world: World) -> str | None:
         return ranks.supports(world) or alone.supports(world.rank_problem(0))
 
-    check(
-        "torch" in (ranks.backend, alone.backend) or ranks.backend == alone.backend,
-        f"{ranks.name} needs backend {ranks.backend} and {alone.name} {alone.backend}; one process has one of them",
-    )
     return replace(
         ranks,
         name=f"{ranks.name}{JOIN}{alone.name}",

@@ -64,6 +64,7 @@ def _all(case: Case) -> Iterator[tuple[str, _Make]]:
             yield size, _sized(case, size, value)
         if size == "T":
             yield from _fewer_tokens(case)
+    yield from _scheme_off(case)
     yield from _features(case)
     for field, simple in SIMPLE.items():
         own = getattr(case, field)
@@ -123,6 +124,13 @@ def _features(case: Case) -> Iterator[tuple[str, _Make]]:
             yield "activation", _with(case, act=Activation("relu_no_mul"))
         if p.act.limit and p.act.name == "silu":
             yield "activation limit", _with(case, act=replace(p.act, limit=0.0))
+
+
+def _scheme_off(case: Case) -> Iterator[tuple[str, _Make]]:
+    """Nothing quantised; with plain values where the recipe is about scales."""
+    if case.problem.scheme != "none":
+        yield "scheme", _with(case, scheme="none")
+        yield "scheme", lambda: replace(case, problem=replace(case.problem, scheme="none"), values="normal")
 
 
 def _with(case: Case, **changes: object) -> _Make:

@@ -29,7 +29,7 @@ template <typename T, int N> cudaError_t launch(const Activate& a, cudaStream_t 
 
 extern "C" int moeproof_activate(
     int dtype, const void* x, void* h, long long R, int I, int kind, int interleaved, float alpha, float beta, float limit,
-    float linear_beta, const int* counts, long long region, long long stride_xr, long long stride_xn, long long stride_hr,
+    float linear_beta, const int* counts, unsigned region, long long stride_xr, long long stride_xn, long long stride_hr,
     long long stride_hi, SLOT_PARAMETERS, cudaStream_t stream) {
     using namespace moeproof;
     const Activate a{x,     h,    stride_xr, stride_xn, stride_hr,   stride_hi, R,      I,          kind, interleaved,

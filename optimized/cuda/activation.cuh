@@ -17,12 +17,14 @@ struct Activate {
     int I, kind, interleaved;
     float alpha, beta, limit, linear_beta;
     const int* counts;  // (e,): rows in use of each region of `region` rows; null = all
-    long long region;
+    unsigned region;
     Slots slots;  // ids null = every row is live; otherwise row = slot
 
     __device__ bool live(long long row) const {
         if (slots.ids != nullptr) return slots.local(row) >= 0;
-        return counts == nullptr || row % region < counts[row / region];
+        if (counts == nullptr) return true;
+        const unsigned r = static_cast<unsigned>(row);  // regions number rows below 2^31 (activation.py)
+        return static_cast<int>(r % region) < counts[r / region];
     }
 };
 
@@ -90,9 +92,10 @@ template <typename T, int N> __device__ Columns<T, N> load_loose_columns(const A
     return c;
 }
 
-template <int KIND, typename T, int N> __device__ Pack<T, N> apply(const Columns<T, N>& c, const Activate& a) {
+// PAIRED: whether gates and ups may stand side by side.
+template <int KIND, bool PAIRED, typename T, int N> __device__ Pack<T, N> apply(const Columns<T, N>& c, const Activate& a) {
     float h[N];
-    if (KIND < SILU_NO_MUL && N > 1 && a.interleaved) {
+    if (PAIRED && KIND < SILU_NO_MUL && N > 1 && a.interleaved) {
 #pragma unroll
         for (int j = 0; j < N; ++j) {
             const Pack<T, N>& side = 2 * j < N ? c.first : c.second;
@@ -107,17 +110,17 @@ template <int KIND, typename T, int N> __device__ Pack<T, N> apply(const Columns
 
 template <typename T, int N> __device__ Pack<T, N> activate(const Columns<T, N>& c, const Activate& a) {
     switch (a.kind) {
-        case SILU: return a.limit > 0.0f ? apply<LIMITED_SILU>(c, a) : apply<SILU>(c, a);
-        case GELU: return apply<GELU>(c, a);
-        case GELU_TANH: return apply<GELU_TANH>(c, a);
-        case SWIGLUOAI: return apply<SWIGLUOAI>(c, a);
-        case SWIGLUSTEP: return apply<SWIGLUSTEP>(c, a);
-        case SITU: return apply<SITU>(c, a);
-        case SILU_NO_MUL: return apply<SILU_NO_MUL>(c, a);
-        case GELU_NO_MUL: return apply<GELU_NO_MUL>(c, a);
-        case GELU_TANH_NO_MUL: return apply<GELU_TANH_NO_MUL>(c, a);
-        case RELU_NO_MUL: return apply<RELU_NO_MUL>(c, a);
-        default: return apply<RELU2_NO_MUL>(c, a);
+        case SILU: return a.limit > 0.0f ? apply<LIMITED_SILU, true>(c, a) : apply<SILU, true>(c, a);
+        case GELU: return apply<GELU, true>(c, a);
+        case GELU_TANH: return apply<GELU_TANH, true>(c, a);
+        case SWIGLUOAI: return apply<SWIGLUOAI, true>(c, a);
+        case SWIGLUSTEP: return apply<SWIGLUSTEP, true>(c, a);
+        case SITU: return apply<SITU, true>(c, a);
+        case SILU_NO_MUL: return apply<SILU_NO_MUL, true>(c, a);
+        case GELU_NO_MUL: return apply<GELU_NO_MUL, true>(c, a);
+        case GELU_TANH_NO_MUL: return apply<GELU_TANH_NO_MUL, true>(c, a);
+        case RELU_NO_MUL: return apply<RELU_NO_MUL, true>(c, a);
+        default: return apply<RELU2_NO_MUL, true>(c, a);
     }
 }
 

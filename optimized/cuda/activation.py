@@ -49,6 +49,7 @@ def activate(
         counts is None or (counts.dtype == torch.int32 and counts.is_contiguous() and R % max(counts.numel(), 1) == 0),
         f"counts must be contiguous int32 (e,), and e must divide {R} rows",
     )
+    check(counts is None or R < 2**31, f"{R} rows in regions; at most 2^31 - 1 are supported")
     library.check_tensors(x=x_RN, h=h_RI, counts=counts, topk_ids=slots.ids if slots else None)
     if not h_RI.numel():
         return

@@ -12,10 +12,9 @@ namespace moeproof {
 
 constexpr int WARPS = 16;
 constexpr int STEPS = 8;                               // slots of a thread, of those that a block places
-constexpr int SMALL_STEPS = 16;                        // slots of a thread, of all
+constexpr int SMALL_STEPS = 16;                        // slots of a thread, of all, at most
 constexpr int SMALL = WARPS * WARP * SMALL_STEPS;      // slots that are sorted in one launch
-constexpr int FEW_WARPS = 4;                           // of a block where they are enough for all slots
-constexpr int FEW = FEW_WARPS * WARP * SMALL_STEPS;
+constexpr int FEW_WARPS = 4;                           // of a block where slots are few
 constexpr int BLOCKS = 128;                            // about as many as multiprocessors
 
 struct Align {
@@ -90,45 +89,50 @@ __device__ inline int batched_row(const Align& a, int local, int position) {
     return local >= 0 && position < a.capacity ? local * a.capacity + position : -1;
 }
 
-// Few slots: each block counts all of them, so that it knows where its own experts' groups begin, and places only those.
-template <int NUM_WARPS> __global__ void __launch_bounds__(NUM_WARPS* WARP) align_small_kernel(const Align a, int own) {
+// Few slots: each block counts all of them, so that it knows where its own experts' groups begin, and places only those. Each
+// thread takes EACH slots: the fewer, the less stands in a row between the ids and their places.
+template <int NUM_WARPS, int EACH>
+__global__ void __launch_bounds__(NUM_WARPS* WARP) align_small_kernel(const Align a, int own) {
     extern __shared__ int memory[];
     constexpr int THREADS = NUM_WARPS * WARP;
     const int e = a.slots.num_local, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, thread = threadIdx.x;
     int* count = memory;
-    int* end = count + e;      // of each group
-    int* before = end + e;     // slots of own experts in each warp
+    int* end = count + e;   // of each group, in row blocks
+    int* before = end + e;  // slots of own experts in each warp
     for (int i = thread; i < e; i += THREADS) count[i] = 0;
-    const int steps = static_cast<int>(ceil_div(a.num_slots, THREADS));
-    int local[SMALL_STEPS];
-    a.slots.locals(slot_of(0, steps, 0), WARP, last_of(a, 0, steps), local);
+    int local[EACH];
+    a.slots.locals(slot_of(0, EACH, 0), WARP, a.num_slots, local);
     __syncthreads();
 #pragma unroll
-    for (int j = 0; j < SMALL_STEPS; ++j)
+    for (int j = 0; j < EACH; ++j)
         if (local[j] >= 0) atomicAdd(count + local[j], 1);
     for (int x = 0; x < own; ++x) {
         const int expert = blockIdx.x * own + x;
         int sum = 0;
 #pragma unroll
-        for (int j = 0; j < SMALL_STEPS; ++j) sum += __popc(__ballot_sync(ALL, local[j] == expert));
+        for (int j = 0; j < EACH; ++j) sum += __popc(__ballot_sync(ALL, local[j] == expert));
         if (lane == 0) before[x * NUM_WARPS + warp] = sum;
     }
     __syncthreads();
-    for (int i = thread; i < e; i += THREADS) end[i] = a.padded(count[i]);
-    __syncthreads();
-    if (a.block_m) block_scan<NUM_WARPS>(end, e);
+    if (a.block_m) {
+        for (int i = thread; i < e; i += THREADS) end[i] = (count[i] + a.block_m - 1) / a.block_m;
+        __syncthreads();
+        block_scan<NUM_WARPS>(end, e);
+    }
 
     for (int x = 0; x < own; ++x) {
         const int expert = blockIdx.x * own + x;
         if (expert >= e) break;
-        const int live = count[expert], first = end[expert] - a.padded(live);
+        const int live = count[expert], first_block = a.block_m && expert ? end[expert - 1] : 0, first = first_block * a.block_m;
         int position = 0;
-        for (int w = 0; w < warp; ++w) position += before[x * NUM_WARPS + w];
 #pragma unroll
-        for (int j = 0; j < SMALL_STEPS; ++j) {
+        for (int w = 0; w < NUM_WARPS - 1; ++w)
+            if (w < warp) position += before[x * NUM_WARPS + w];
+#pragma unroll
+        for (int j = 0; j < EACH; ++j) {
             const unsigned peers = __ballot_sync(ALL, local[j] == expert);
             if (local[j] == expert) {
-                const int slot = slot_of(0, steps, j), at = position + __popc(peers & ((1u << lane) - 1));
+                const int slot = slot_of(0, EACH, j), at = position + __popc(peers & ((1u << lane) - 1));
                 if (a.block_m) a.target[first + at] = slot;
                 else a.target[slot] = batched_row(a, expert, at);
             }
@@ -136,22 +140,23 @@ template <int NUM_WARPS> __global__ void __launch_bounds__(NUM_WARPS* WARP) alig
         }
         if (thread == 0) a.counts[expert] = live;
         if (!a.block_m) continue;
-        for (int p = first + live + thread; p < end[expert]; p += THREADS) a.target[p] = a.num_slots;
-        for (int p = first + thread * a.block_m; p < end[expert]; p += THREADS * a.block_m) a.block_expert[p / a.block_m] = expert;
+        const int last_block = end[expert], last = last_block * a.block_m;
+        for (int p = first + live + thread; p < last; p += THREADS) a.target[p] = a.num_slots;
+        for (int b = first_block + thread; b < last_block; b += THREADS) a.block_expert[b] = expert;
     }
     // What belongs to no expert: dead slots, or the unused tail.
     if (!a.block_m) {
 #pragma unroll
-        for (int j = 0; j < SMALL_STEPS; ++j) {
-            const int slot = slot_of(0, steps, j);
-            if (blockIdx.x == 0 && slot < last_of(a, 0, steps) && local[j] < 0) a.target[slot] = -1;
+        for (int j = 0; j < EACH; ++j) {
+            const int slot = slot_of(0, EACH, j);
+            if (blockIdx.x == 0 && slot < a.num_slots && local[j] < 0) a.target[slot] = -1;
         }
         return;
     }
     const int used = end[e - 1], all = gridDim.x * THREADS, one = blockIdx.x * THREADS + thread;
-    for (int p = used + one; p < a.P; p += all) a.target[p] = a.num_slots;
-    for (int b = used / a.block_m + one; b < a.B; b += all) a.block_expert[b] = -1;
-    if (one == 0) *a.num_padded = used;
+    for (int p = used * a.block_m + one; p < a.P; p += all) a.target[p] = a.num_slots;
+    for (int b = used + one; b < a.B; b += all) a.block_expert[b] = -1;
+    if (one == 0) *a.num_padded = used * a.block_m;
 }
 
 // First of two launches: histogram[block][expert], and padding laid down everywhere.
@@ -232,6 +237,13 @@ __global__ void __launch_bounds__(WARPS* WARP) align_place_kernel(const Align a)
     }
 }
 
+template <int NUM_WARPS, int EACH> cudaError_t launch_small(const Align& a, cudaStream_t stream) {
+    const int e = a.slots.num_local, own = max(1, static_cast<int>(ceil_div(e, BLOCKS)));
+    const unsigned blocks = static_cast<unsigned>(max(1LL, ceil_div(e, own)));
+    align_small_kernel<NUM_WARPS, EACH><<<blocks, NUM_WARPS * WARP, (2 * e + own * NUM_WARPS) * sizeof(int), stream>>>(a, own);
+    return cudaGetLastError();
+}
+
 }  // namespace moeproof
 
 // Slots of a block in the two-launch form; 0 where one launch does it all. The caller allocates (ceil(S / chunk), e) bins.
@@ -248,12 +260,11 @@ extern "C" int moeproof_align(int num_slots, int block_m, int capacity, int P, i
     using namespace moeproof;
     const Align a{SLOT_VALUES, num_slots, block_m, capacity, P, B, target, block_expert, num_padded, counts, histogram, chunk};
     if (chunk == 0) {
-        const int own = max(1, static_cast<int>(ceil_div(num_local, BLOCKS))), warps = num_slots <= FEW ? FEW_WARPS : WARPS;
-        const unsigned blocks = static_cast<unsigned>(max(1LL, ceil_div(num_local, own)));
-        const size_t bytes = (2 * num_local + own * warps) * sizeof(int);
-        if (warps == FEW_WARPS) align_small_kernel<FEW_WARPS><<<blocks, FEW_WARPS * WARP, bytes, stream>>>(a, own);
-        else align_small_kernel<WARPS><<<blocks, WARPS * WARP, bytes, stream>>>(a, own);
-        return cudaGetLastError();
+        if (num_slots <= FEW_WARPS * WARP) return launch_small<FEW_WARPS, 1>(a, stream);
+        if (num_slots <= 4 * FEW_WARPS * WARP) return launch_small<FEW_WARPS, 4>(a, stream);
+        if (num_slots <= SMALL / 4) return launch_small<WARPS, SMALL_STEPS / 4>(a, stream);
+        if (num_slots <= SMALL / 2) return launch_small<WARPS, SMALL_STEPS / 2>(a, stream);
+        return launch_small<WARPS, SMALL_STEPS>(a, stream);
     }
     const unsigned blocks = static_cast<unsigned>(ceil_div(num_slots, chunk));
     align_count_kernel<<<blocks, WARPS * WARP, num_local * sizeof(int), stream>>>(a);

@@ -10,18 +10,22 @@ gemm1, act       cuda cuda    triton cuda       cuda triton       triton triton
 act, gemm2       cuda cuda    cuda triton       triton cuda       triton triton
 gemm2, combine   cuda cuda    triton cuda       cuda triton       triton triton
 
-and so it is with cuda-fp8, cuda-quant-triton-gemm and triton-quant-cuda-gemm. Other mixes: mixed.py.
+and so it is with cuda-fp8, cuda-quant-triton-gemm and triton-quant-cuda-gemm, and in the batched layout (batched.SEAMS) with
+cuda-batched, cuda-batched-triton-gemm and triton-batched-cuda-gemm. Other mixes: mixed.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from moeproof.optimized import router as triton_router
-from moeproof.optimized.cuda import align, grouped_gemm, quant_stages, quantise, router, scaled_gemm, stages, toolkit
+from moeproof.optimized.cuda import align, batched, grouped_gemm, quant_stages, quantise, router, scaled_gemm, stages, toolkit
+from moeproof.optimized.cuda.batched import StagedBatchedExperts, StagedBatchedPrepareFinalize
 from moeproof.optimized.cuda.modular import StagedExperts, StagedPrepareFinalize, StagedQuantExperts
+from moeproof.optimized.quant.candidates import claims_in
 from moeproof.optimized.quant.experts import QuantExperts
 from moeproof.reference.contract.candidate import Candidate, Claims, Pair
 from moeproof.reference.contract.inputs import Inputs
@@ -40,21 +44,29 @@ QUANT_MIXES: dict[str, tuple[str, ...]] = {
     "triton-quant-cuda-gemm": ("gemm1", "gemm2"),
 }
 """The same for quantised layers."""
+BATCHED_MIXES: dict[str, tuple[str, ...]] = {
+    "cuda-batched": batched.NAMES,
+    "cuda-batched-triton-gemm": ("move", "act", "combine"),
+    "triton-batched-cuda-gemm": ("place", "gemm1", "gemm2"),
+}
+"""The same for pairs in the batched layout."""
 SHOWS = ("topk_ids", "topk_weights", "sorted_slots", "block_expert", "num_padded", "gate_up", "h", "y", "out")
 QUANT_SHOWS = ("xq", "xs", "sorted_slots", "block_expert", "num_padded", "gate_up", "h", "hq", "hs", "y", "out")
 CLAIMS = Claims(ties="lowest", deterministic="run", total_router=True)
+QUANT_CLAIMS = Claims(accumulate="fp8_promoted")
+"""torch's product of fp8 codes and Triton's both move their sums to float32 every 128 terms."""
 
 
-def unsupported(problem: Problem, cuda: tuple[str, ...]) -> str | None:
+def unsupported(problem: Problem, cuda: tuple[str, ...], layout: str = "standard") -> str | None:
     """Why a mix with these CUDA stages cannot do the problem on this machine, or None."""
     p = problem
     if p.scheme != "none":
         return f"quantised experts are not implemented (scheme={p.scheme})"
     if p.latent:
         return "latent projections around the experts are not implemented"
-    if reason := _layer(p, cuda):
+    if reason := _layer(p, cuda, layout):
         return reason
-    if reason := (router if "route" in cuda else triton_router).unsupported(p):
+    if layout == "standard" and (reason := (router if "route" in cuda else triton_router).unsupported(p)):
         return reason
     if "gemm1" in cuda or "gemm2" in cuda:
         return grouped_gemm.unsupported(p)
@@ -78,13 +90,13 @@ def quant_unsupported(problem: Problem, cuda: tuple[str, ...]) -> str | None:
     return None
 
 
-def _layer(p: Problem, cuda: tuple[str, ...]) -> str | None:
+def _layer(p: Problem, cuda: tuple[str, ...], layout: str = "standard") -> str | None:
     """What no layer here does, whatever its numbers."""
-    if p.layout != "standard":
-        return "this candidate works in the standard layout"
+    if p.layout != layout:
+        return f"this candidate works in the {layout} layout"
     if p.ep > 1 and (p.shared or p.router.zero_experts):
         return "with ep > 1 the shared and identity terms would enter the sum on every rank; only routed experts are split"
-    if "align" in cuda and len(p.local) > align.MOST_EXPERTS:
+    if ("align" in cuda or "place" in cuda) and len(p.local) > align.MOST_EXPERTS:
         return f"the CUDA sort takes at most {align.MOST_EXPERTS} local experts, not {len(p.local)}"
     return toolkit.missing(toolkit.architecture(torch.device("cuda"))) if cuda and torch.cuda.is_available() else None
 
@@ -108,12 +120,13 @@ def quant_candidate(name: str, cuda: tuple[str, ...]) -> Candidate:
     chosen = quant_stages.mix(cuda)
     supports: Callable[[Problem], str | None] = lambda problem: quant_unsupported(problem, cuda)  # noqa: E731
     run: Callable[[Inputs], dict[str, torch.Tensor]] = lambda inputs: quant_stages.run(inputs, chosen)  # noqa: E731
-    return Candidate(name=name, run=run, shows=QUANT_SHOWS, supports=supports, claims=_quant_claims(cuda), backend="cuda")
+    triton = None if "gemm1" in cuda or "gemm2" in cuda else _triton_claims
+    return Candidate(name, run, QUANT_SHOWS, supports, QUANT_CLAIMS, backend="cuda", claims_in=triton)
 
 
-def _quant_claims(cuda: tuple[str, ...]) -> Claims:
-    # torch's product of fp8 codes leaves its sums in the tensor core; Triton's moves them to float32 every 128 terms.
-    return Claims(accumulate="fp8_unpromoted" if "gemm1" in cuda or "gemm2" in cuda else "fp8_promoted")
+def _triton_claims(problem: Problem) -> Claims:
+    """Where both products are Triton's they are those of its layer; of other codes than fp8's the claim says nothing."""
+    return replace(QUANT_CLAIMS, accumulate=claims_in(problem).accumulate)
 
 
 def _taps(experts: FusedMoEPermuteExpertsUnpermute) -> dict[str, torch.Tensor]:
@@ -122,7 +135,7 @@ def _taps(experts: FusedMoEPermuteExpertsUnpermute) -> dict[str, torch.Tensor]:
 
 
 def pairs() -> list[Pair]:
-    """The stages of `cuda` and `cuda-fp8` behind the seed's interfaces."""
+    """The stages of `cuda` and `cuda-fp8` behind the seed's interfaces, and the mixes in the batched layout."""
     return [
         Pair(
             name="cuda-modular",
@@ -140,11 +153,26 @@ def pairs() -> list[Pair]:
                 inputs.problem.quant, quant_stages.CUDA, inputs.b1, inputs.b2, inputs.problem.act, keep_h=True
             ),
             supports=lambda problem: _no_room(problem) or quant_unsupported(problem, quant_stages.NAMES),
-            claims=_quant_claims(quant_stages.NAMES),
+            claims=QUANT_CLAIMS,
             backend="cuda",
             taps=_taps,
         ),
+        *(batched_pair(name, cuda) for name, cuda in BATCHED_MIXES.items()),
     ]
+
+
+def batched_pair(name: str, cuda: tuple[str, ...]) -> Pair:
+    """The layer in the batched layout with these stages from CUDA and the others from Triton."""
+    chosen = batched.mix(cuda)
+    return Pair(
+        name=name,
+        prepare_finalize=lambda i: StagedBatchedPrepareFinalize(chosen, i.problem.rows_per_expert, i.w1.size(0)),
+        experts=lambda i: StagedBatchedExperts(chosen, i.b1, i.b2, i.problem.act),
+        layout="batched",
+        supports=lambda problem: _no_room(problem) or unsupported(problem, cuda, "batched"),
+        claims=CLAIMS,
+        backend="cuda",
+    )
 
 
 def candidates() -> list[Candidate | Pair]:

@@ -9,9 +9,6 @@ from moeproof.optimized.cuda.slots import slot_arguments
 from moeproof.optimized.slots import Slots
 from moeproof.reference.contract.errors import check
 
-MOST_SLOTS = 4096
-"""Slots of a token, at most: their rows and weights lie in shared memory."""
-
 
 def combine(
     y: torch.Tensor,
@@ -38,7 +35,6 @@ def combine(
         f"topk_weights is {tuple(weights_TK.shape)}, topk_ids {tuple(slots.ids.shape)}; they must be equal",
     )
     check(weights_TK.dtype == torch.float32, f"topk_weights is {weights_TK.dtype}, must be torch.float32")
-    check(slots.K <= MOST_SLOTS, f"{slots.K} slots per token; the CUDA combine takes at most {MOST_SLOTS}")
     library.check_dtype("expert output", y)
     x = x_TH if zero_experts else None
     check(not zero_experts or x is not None, f"{zero_experts} identity experts need x, which is None")

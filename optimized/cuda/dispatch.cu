@@ -1,10 +1,13 @@
 // DISPATCH on one rank: each slot's row to its place, weighed where the weight is on the input; and zeros for dead slots.
+//
+// A thread reads one pack of a token's row and writes it for each of the token's slots: bound by the bytes that are written.
 
 #include "slots.cuh"
 
 namespace moeproof {
 
 constexpr int THREADS = 256;
+constexpr int AHEAD = 8;  // slots whose places are looked up together
 
 struct Move {
     const void* x;         // (T, H)
@@ -12,8 +15,8 @@ struct Move {
     const int* rows;       // (S,): row of each slot in `out`, -1 = leave out; null: row = slot
     void* out;             // (rows, H)
     long long stride_xt, stride_xh, stride_wt, stride_wk, stride_or, stride_oh;
-    int S, H;
-    unsigned K;
+    unsigned T;
+    int H, K;
 };
 
 // x w as a float32 that rounds to T as the exact product does: where T is narrower, inexact ones take their odd neighbour, so
@@ -29,21 +32,33 @@ template <typename T> __device__ float product(float x, float w) {
 }
 
 template <typename T, int N> __global__ void __launch_bounds__(THREADS) move_kernel(const Move a) {
-    const int slot = blockIdx.x * blockDim.y + threadIdx.y;
+    const unsigned t = blockIdx.x * blockDim.y + threadIdx.y;
     const int h = (blockIdx.y * blockDim.x + threadIdx.x) * N;
-    if (slot >= a.S || h >= a.H) return;
-    const long long row = a.rows != nullptr ? a.rows[slot] : slot;
-    if (row < 0) return;
-    const long long t = static_cast<unsigned>(slot) / a.K, k = static_cast<unsigned>(slot) % a.K;
-    Pack<T, N> x = load<T, N>(static_cast<const T*>(a.x) + t * a.stride_xt + (N == 1 ? h * a.stride_xh : h));
-    if (a.weights != nullptr) {
-        const float w = a.weights[t * a.stride_wt + k * a.stride_wk];
-        float weighed[N];
+    if (t >= a.T || h >= a.H) return;
+    const Pack<T, N> x = load<T, N>(static_cast<const T*>(a.x) + t * a.stride_xt + (N == 1 ? h * a.stride_xh : h));
+    T* out = static_cast<T*>(a.out) + (N == 1 ? h * a.stride_oh : h);
+    for (int first = 0; first < a.K; first += AHEAD) {
+        int row[AHEAD];
 #pragma unroll
-        for (int j = 0; j < N; ++j) weighed[j] = product<T>(x.get(j), w);
-        x = pack<T, N>(weighed);
+        for (int j = 0; j < AHEAD; ++j) {
+            const unsigned slot = t * a.K + first + j;
+            row[j] = -1;
+            if (first + j < a.K) row[j] = a.rows != nullptr ? a.rows[slot] : static_cast<int>(slot);
+        }
+#pragma unroll
+        for (int j = 0; j < AHEAD; ++j) {
+            if (row[j] < 0) continue;
+            Pack<T, N> moved = x;
+            if (a.weights != nullptr) {
+                const float w = a.weights[t * a.stride_wt + (first + j) * a.stride_wk];
+                float weighed[N];
+#pragma unroll
+                for (int i = 0; i < N; ++i) weighed[i] = product<T>(x.get(i), w);
+                moved = pack<T, N>(weighed);
+            }
+            store<T, N>(out + row[j] * a.stride_or, moved);
+        }
     }
-    store<T, N>(static_cast<T*>(a.out) + row * a.stride_or + (N == 1 ? h * a.stride_oh : h), x);
 }
 
 struct Clear {
@@ -66,14 +81,14 @@ struct Shape {
 };
 
 // A thread for each pack of `columns`, as many rows to a block as fit.
-inline Shape shape_of(int rows, int columns, int pack) {
-    const int x = pow2_at_least(ceil_div(columns, pack), THREADS), y = THREADS / x;
-    return {dim3(static_cast<unsigned>(ceil_div(rows, y)), static_cast<unsigned>(ceil_div(ceil_div(columns, pack), x))),
-            dim3(x, y)};
+inline Shape shape_of(long long rows, int columns, int pack) {
+    const long long packs = ceil_div(columns, pack);
+    const int threads = spread(rows * packs, THREADS), x = pow2_at_least(packs, threads), y = threads / x;
+    return {dim3(static_cast<unsigned>(ceil_div(rows, y)), static_cast<unsigned>(ceil_div(packs, x))), dim3(x, y)};
 }
 
 template <typename T, int N> cudaError_t launch(const Move& a, cudaStream_t stream) {
-    const Shape s = shape_of(a.S, a.H, N);
+    const Shape s = shape_of(a.T, a.H, N);
     move_kernel<T, N><<<s.grid, s.block, 0, stream>>>(a);
     return cudaGetLastError();
 }
@@ -87,11 +102,11 @@ template <typename T, int N> cudaError_t launch(const Clear& a, cudaStream_t str
 }  // namespace moeproof
 
 extern "C" int moeproof_move(
-    int dtype, const void* x, const float* weights, const int* rows, void* out, int S, int H, unsigned K, long long stride_xt,
+    int dtype, const void* x, const float* weights, const int* rows, void* out, unsigned T, int H, int K, long long stride_xt,
     long long stride_xh, long long stride_wt, long long stride_wk, long long stride_or, long long stride_oh,
     cudaStream_t stream) {
     using namespace moeproof;
-    const Move a{x, weights, rows, out, stride_xt, stride_xh, stride_wt, stride_wk, stride_or, stride_oh, S, H, K};
+    const Move a{x, weights, rows, out, stride_xt, stride_xh, stride_wt, stride_wk, stride_or, stride_oh, T, H, K};
     return with_dtype(dtype, [&](auto zero) {
         using E = decltype(zero);
         const bool wide = packs<E>(x, H, stride_xt, stride_xh) && packs<E>(out, H, stride_or, stride_oh);

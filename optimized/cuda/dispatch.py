@@ -40,7 +40,7 @@ def move_rows(
     stride_wt, stride_wk = weights_TK.stride() if weights_TK is not None else (0, 0)
     library.call(
         "dispatch", "moeproof_move", x_TH.device,
-        dtype=x_TH.dtype, x=x_TH, weights=weights_TK, rows=rows, out=out, S=T * K, H=H, K=K,
+        dtype=x_TH.dtype, x=x_TH, weights=weights_TK, rows=rows, out=out, T=T, H=H, K=K,
         stride_xt=x_TH.stride(0), stride_xh=x_TH.stride(1), stride_wt=stride_wt, stride_wk=stride_wk,
         stride_or=out.stride(0), stride_oh=out.stride(1),
     )  # fmt: skip

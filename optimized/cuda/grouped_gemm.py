@@ -78,3 +78,28 @@ def grouped_gemm(
         return
     rows = gather(a_RK, alignment, out_SN.size(0), slots_per_row)
     scatter(torch_grouped.product(rows, w_eNK, group_ends(alignment)), out_SN, alignment)
+
+
+def batched_gemm(
+    a_eCK: torch.Tensor,
+    w_eNK: torch.Tensor,
+    out_eCN: torch.Tensor,
+    counts: torch.Tensor,
+    bias_eN: torch.Tensor | None = None,
+    mean_rows: int | None = None,
+) -> None:
+    """out[e, c] = a[e, c] @ w[e].T of whole regions: from c = counts[e] on, rows come of whatever stands in a's.
+
+    The signature of optimized.grouped_gemm.batched_gemm. bfloat16 only; rows of 16 bytes; no bias. Each row is made of its own
+    row of `a` alone, so that what lies behind a count reaches no other. A product that took the counts would need its rows
+    without gaps: what is saved by whole regions is the gather.
+    """
+    check(bias_eN is None, "torch's grouped product adds no bias before it rounds; bias must be None")
+    check(a_eCK.dtype == torch.bfloat16, f"torch's grouped product is bfloat16 on CUDA, not {a_eCK.dtype}")
+    check(a_eCK.dtype == w_eNK.dtype == out_eCN.dtype, f"w is {w_eNK.dtype}, out {out_eCN.dtype}; both must be {a_eCK.dtype}")
+    check(
+        counts.shape == (a_eCK.size(0),) and a_eCK.size(0) == w_eNK.size(0),
+        f"there are {a_eCK.size(0)} regions of rows, {w_eNK.size(0)} experts and {counts.numel()} counts; they must be equal",
+    )
+    if out_eCN.numel():
+        out_eCN.copy_(torch_grouped.batched_product(a_eCK, w_eNK))

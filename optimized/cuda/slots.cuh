@@ -18,13 +18,18 @@ struct Slots {
         int low, high;
     };
 
-    // Slots number fewer than 2^31 (slots.py): one 32-bit division. Offsets do not fit 32 bits.
-    __device__ Raw raw(unsigned slot) const {
-        const bool flat = stride_k == 1 && stride_t == K;
-        const long long at = flat ? slot : slot / K * stride_t + slot % K * stride_k;
+    __device__ Raw raw_at(long long at) const {
         if (!wide) return {static_cast<const int*>(ids)[at], 0};
         const int2 both = static_cast<const int2*>(ids)[at];
         return {both.x, both.y};
+    }
+
+    __device__ bool flat() const { return stride_k == 1 && stride_t == K; }
+
+    // Slots number fewer than 2^31 (slots.py): one 32-bit division. Offsets do not fit 32 bits.
+    __device__ Raw raw(unsigned slot) const {
+        const long long at = flat() ? slot : slot / K * stride_t + slot % K * stride_k;
+        return raw_at(at);
     }
 
     __device__ long long id(Raw r) const {
@@ -43,22 +48,37 @@ struct Slots {
 
     __device__ int local(unsigned slot) const { return local_of(id(slot)); }
 
-    // local[j] of slot first + j * step where that is below `end`, -1 elsewhere; in sweeps, so that no load waits for another.
-    template <int N> __device__ void locals(int first, int step, int end, int (&local)[N]) const {
-        Raw r[N];
-#pragma unroll
-        for (int j = 0; j < N; ++j)
-            if (first + j * step < end) r[j] = raw(first + j * step);
+    // The local expert of each id; in sweeps, so that no load waits for another.
+    template <int N> __device__ void locals_of(const Raw (&r)[N], int (&local)[N]) const {
 #pragma unroll
         for (int j = 0; j < N; ++j) {
             const long long own = id(r[j]);
-            local[j] = -1;
-            if (first + j * step >= end || own < 0 || own >= num_experts) continue;
-            local[j] = expert_map == nullptr ? static_cast<int>(own) : expert_map[own];
+            local[j] = own < 0 || own >= num_experts ? -1 : static_cast<int>(own);
         }
+        if (expert_map == nullptr) return;
 #pragma unroll
         for (int j = 0; j < N; ++j)
-            if (local[j] < 0 || local[j] >= num_local) local[j] = -1;
+            if (local[j] >= 0) local[j] = expert_map[local[j]];
+#pragma unroll
+        for (int j = 0; j < N; ++j)
+            if (local[j] >= num_local) local[j] = -1;
+    }
+
+    // local[j] of slot first + j * step where that is below `end`, negative elsewhere.
+    template <int N> __device__ void locals(int first, int step, int end, int (&local)[N]) const {
+        Raw r[N];
+#pragma unroll
+        for (int j = 0; j < N; ++j) r[j] = {-1, -1};
+        if (flat()) {
+#pragma unroll
+            for (int j = 0; j < N; ++j)
+                if (first + j * step < end) r[j] = raw_at(first + j * step);
+        } else {
+#pragma unroll
+            for (int j = 0; j < N; ++j)
+                if (first + j * step < end) r[j] = raw(first + j * step);
+        }
+        locals_of(r, local);
     }
 };
 

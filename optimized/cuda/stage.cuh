@@ -5,6 +5,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#include <type_traits>
 
 namespace moeproof {
 
@@ -43,7 +44,13 @@ template <typename T, int N> struct alignas(N == 1 ? 4 : 16) Pack {
     unsigned words[WORDS];
 
     __device__ T element(int j) const { return of_bits<T>(words[j / PER_WORD] >> (j % PER_WORD * 8 * sizeof(T))); }
-    __device__ float get(int j) const { return widen(element(j)); }
+    // Of the two bfloat16 in a word either is widened by one instruction.
+    __device__ float get(int j) const {
+        if constexpr (std::is_same_v<T, __nv_bfloat16>)
+            return __uint_as_float(j % 2 ? words[j / 2] & 0xffff0000u : words[j / 2] << 16);
+        else
+            return widen(element(j));
+    }
 };
 
 template <typename T, int N> __device__ Pack<T, N> pack(const float (&x)[N]) {
@@ -88,6 +95,12 @@ inline int pow2_at_least(long long n, int most) {
     int p = 1;
     while (p < n && p < most) p *= 2;
     return p;
+}
+
+// Threads of a block for so many lanes: `most`, but fewer where not every multiprocessor would get a block.
+inline int spread(long long lanes, int most) {
+    while (most > WARP && lanes < 128LL * most) most /= 2;
+    return most;
 }
 
 // Calls body(T{}) with the element type of `dtype`.

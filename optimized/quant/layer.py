@@ -10,26 +10,20 @@ from moeproof.optimized.quant.gemm import Rows, Weights
 from moeproof.optimized.quant.prepare import quantised_rows
 from moeproof.optimized.slots import Slots
 from moeproof.reference.contract.inputs import Inputs
-from moeproof.reference.contract.quant_checks import check_global, check_quantised, check_static_scale
+from moeproof.reference.contract.quant_checks import check_inputs
 
 Tensor = torch.Tensor
 
 
 def _weights(inputs: Inputs) -> tuple[Weights, Weights]:
     """w1 and w2 with all that belongs to them, checked."""
-    i, p = inputs, inputs.problem
-    scheme, e = p.quant, i.w1.size(0)
-    assert scheme.w is not None
-    check_static_scale("a1_scale", scheme.a1, i.a1_scale, 0, i.device)
-    check_quantised(
-        scheme, p.fmt.dtype, (e, p.N, p.hidden, p.I), i.w1, i.w2, i.w1_scale, i.w2_scale, i.w1_zp, i.w2_zp, i.a2_scale
-    )
-    check_global("w1_global", scheme.w, i.w1_global, e, i.device)
-    check_global("w2_global", scheme.w, i.w2_global, e, i.device)
+    check_inputs(inputs)
+    i, w = inputs, inputs.problem.quant.w
+    assert w is not None
     assert i.w1_scale is not None and i.w2_scale is not None
     return (
-        Weights(i.w1, scheme.w, i.w1_scale, i.w1_zp, i.w1_global, i.b1),
-        Weights(i.w2, scheme.w, i.w2_scale, i.w2_zp, i.w2_global, i.b2),
+        Weights(i.w1, w, i.w1_scale, i.w1_zp, i.w1_global, i.b1),
+        Weights(i.w2, w, i.w2_scale, i.w2_zp, i.w2_global, i.b2),
     )
 
 

@@ -11,7 +11,7 @@ from moeproof.optimized.torch_grouped import ALIGNMENT, _local_experts, activati
 from moeproof.reference.contract.formats import FORMATS
 from moeproof.reference.contract.inputs import Inputs
 from moeproof.reference.contract.problem import Problem
-from moeproof.reference.contract.quant_checks import check_quantised
+from moeproof.reference.contract.quant_checks import check_inputs
 
 Tensor = torch.Tensor
 SCHEME = "fp8_token"
@@ -62,10 +62,7 @@ def run(inputs: Inputs) -> dict[str, Tensor]:
     """xq, xs, gate_up, h, hq, hs, y and out. Rows of dead slots are zeros."""
     p, x = inputs.problem, inputs.hidden_states
     (T, K), e = inputs.topk_ids.shape, inputs.w1.size(0)
-    check_quantised(
-        *(p.quant, p.fmt.dtype, (e, p.N, p.H, p.I), inputs.w1, inputs.w2, inputs.w1_scale, inputs.w2_scale),
-        *(inputs.w1_zp, inputs.w2_zp, inputs.a2_scale),
-    )
+    check_inputs(inputs)
     assert inputs.w1_scale is not None and inputs.w2_scale is not None
     local_TK = _local_experts(inputs)
     live_TK = local_TK < e

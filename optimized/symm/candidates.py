@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from moeproof.optimized.experts import TritonBatchedExperts, TritonExperts
 from moeproof.optimized.quant import candidates as quant
+from moeproof.optimized.symm.cuts import Cuts
 from moeproof.optimized.symm.layout import Payload
-from moeproof.optimized.symm.overlapped import SymmOverlappedPrepareFinalize
+from moeproof.optimized.symm.overlapped import CUTS, SymmOverlappedPrepareFinalize
 from moeproof.optimized.symm.prepare_finalize import SymmBatchedPrepareFinalize, SymmStandardPrepareFinalize
 from moeproof.reference.contract.candidate import Claims, RankPair
 from moeproof.reference.contract.inputs import Inputs
@@ -33,9 +35,9 @@ def _standard(inputs: Inputs, world: World, link: Link) -> SymmStandardPrepareFi
     return SymmStandardPrepareFinalize(link, world.grid, world.max_tokens, payload(p), p.quant)
 
 
-def _overlapped(inputs: Inputs, world: World, link: Link) -> SymmOverlappedPrepareFinalize:
+def overlapped(inputs: Inputs, world: World, link: Link, cuts: Cuts = CUTS) -> SymmOverlappedPrepareFinalize:
     p = inputs.problem
-    return SymmOverlappedPrepareFinalize(link, world.grid, world.max_tokens, payload(p), p.quant)
+    return SymmOverlappedPrepareFinalize(link, world.grid, world.max_tokens, payload(p), p.quant, cuts)
 
 
 def _batched(inputs: Inputs, world: World, link: Link) -> SymmBatchedPrepareFinalize:
@@ -77,9 +79,10 @@ def _quantised(fp8: bool) -> Callable[[World], str | None]:
 def rank_pairs() -> list[RankPair]:
     """Both layouts, unquantised and for each set of quantised products; two micro-batches at once."""
     layouts = (("standard", _standard, _experts, quant.experts), ("batched", _batched, _batched_experts, quant.batched_experts))
+    how: dict[str, Any] = {"transports": ("symm",), "capturable": True}
     pairs = []
     for layout, front, experts, quant_experts in layouts:
-        pairs.append(RankPair(f"symm-{layout}", front, experts, layout, _plain, Claims(), "triton", transports=("symm",)))
+        pairs.append(RankPair(f"symm-{layout}", front, experts, layout, _plain, Claims(), "triton", **how))
         for name, fp8 in (("fp8", True), ("quant", False)):
             pairs.append(
                 RankPair(
@@ -91,9 +94,9 @@ def rank_pairs() -> list[RankPair]:
                     quant.CLAIMS[fp8],
                     "triton",
                     taps=quant.taps,
-                    transports=("symm",),
+                    **how,
                 )
             )
     plain = pairs[0]
-    overlapped = replace(plain, name="symm-standard-overlapped", prepare_finalize=_overlapped, kernel=FusedMoEOverlappedKernel)
-    return [*pairs, overlapped]
+    halves = replace(plain, name="symm-standard-overlapped", prepare_finalize=overlapped, kernel=FusedMoEOverlappedKernel)
+    return [*pairs, halves]

@@ -7,15 +7,18 @@ looks: in `settle`, which waits, or when the next call begins.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import triton
 import triton.language as tl
 
-from moeproof.optimized.symm.combine import _add_up, _put_sums
+from moeproof.optimized.symm.combine import _add_up, _put_sums, _sums_are_there
+from moeproof.optimized.symm.cuts import ALONE, Cuts
 from moeproof.optimized.symm.dispatch import _dispatch
+from moeproof.optimized.symm.launch import Launcher
 from moeproof.optimized.symm.layout import NOTICE, TEXT, Layout
 from moeproof.optimized.symm.memory import allocate
 from moeproof.optimized.symm.signals import STATE, Code
@@ -25,18 +28,12 @@ from moeproof.reference.contract.errors import ContractError, check
 from moeproof.reference.contract.link import Link
 
 Tensor = torch.Tensor
+T = TypeVar("T")
 MEETINGS = ("rows (dispatch)", "sums (combine)")
 PATIENCE = 20.0
 """Seconds for which a kernel waits for another rank's signal: as much as ranks may be apart, compilers included."""
 LOOKS = 15_000
 """Looks at a signal in a second of the interpreter, about."""
-PUT_BLOCK = 4096
-"""Words of a row that one program holds."""
-PER_SM = {"put": 2, "sum": 4}
-"""Programs of a multiprocessor. On an H100 rows left at 344 GB/s with one, two or four; sums at 300 with two, 347 with four."""
-SUM_BLOCK, SUM_WARPS = 1024, 4
-WIDE_BLOCK, WIDE_WARPS = 8192, 16
-"""Of sums where few programs have to do: each holds a whole row, and has as much on its way as several narrow ones."""
 FILL = 1024
 """Ids of absent tokens that one program clears at once."""
 WORDS = ((torch.int32, tl.int32), (torch.int16, tl.int16), (torch.uint8, tl.uint8))
@@ -54,13 +51,14 @@ class Received:
     weights: Tensor
     """float32 (R * most, K)."""
     counts: Tensor
-    """int32 (e,): pairs of each local expert."""
+    """int32 (e,): pairs of each local expert. Valid until the next dispatch."""
 
 
 class Exchange:
     """Collective: all ranks make theirs together, with the same layout. `facts` must agree as well.
 
-    `programs` is how many put at most: few leave multiprocessors to what computes meanwhile.
+    `cuts` say how many multiprocessors it takes from what computes meanwhile; a local expert with more than `max_rows` rows
+    fails the call.
     """
 
     def __init__(
@@ -69,9 +67,10 @@ class Exchange:
         layout: Layout,
         facts: dict[str, object],
         patience: float = PATIENCE,
-        programs: int | None = None,
+        cuts: Cuts = ALONE,
+        max_rows: int = 2**31 - 1,
     ) -> None:
-        self.link, self.layout, self.patience = link, layout, patience
+        self.link, self.layout, self.patience, self.max_rows = link, layout, patience, max_rows
         grid = layout.grid
         shared = {"call": "symmetric exchange", "placement": grid, "payload": layout.payload, "most": layout.most, **facts}
         check(link.size == grid.ranks, f"the placement is for {grid.ranks} ranks, the group has {link.size}")
@@ -88,9 +87,8 @@ class Exchange:
         """Called instead of `withdraw` where a call is refused here: of several exchanges all have to be left, in order."""
         self._lost = ""
         """Why this exchange can serve no further call."""
-        self._there = {name: layout.view(self.own, name) for name in ("rows", "scales", "ids", "weights")}
-        self._programs = {kind: programs or n * processors(link.device) for kind, n in PER_SM.items()}
-        self._wide = programs is not None
+        self.cuts = cuts
+        self._per_second = LOOKS if interpreted() else 1e6
         self._prepare_launches()
         self._load_kernels()
         # All have cleared their arenas and loaded their kernels: from here on they may meet inside kernels.
@@ -109,40 +107,59 @@ class Exchange:
         tally = torch.zeros(grid.experts, dtype=torch.int32, device=device)
         going = torch.zeros(lay.most, dtype=torch.int64, device=device)
         common = (self.arenas, self.own, self.state, self.notice)
-        self._num_local = len(local[me])
-        self._dispatch_arguments = (
-            *(*common, group_of, padded.to(device), going, tally),
-            *self._at("signals", "notices", "tokens", "counts", "ids", "weights", "scales", "rows"),
-            *(lay.most, p.slots, grid.experts, lay.local, row_words, scale_words, me),
-        )
-        power = triton.next_power_of_2
+        counts = torch.empty(lay.local, dtype=torch.int32, device=device)
+        there = {name: lay.view(self.own, name) for name in ("rows", "scales", "ids", "weights")}
+        there["scales"] = there["scales"] if p.scale_columns else None
+        self.received = Received(counts=counts[: len(local[me])], **there)
+        power, sms, cuts = triton.next_power_of_2, processors(device), self.cuts
         meeting = {"RANKS": grid.ranks, "CLOCK": not interpreted()}
-        self._dispatch_options = {
+        self._put_programs, self._sums_programs, self._add_programs = (
+            cut.programs(sms) for cut in (cuts.put, cuts.sums, cuts.add)
+        )
+        self._launch_dispatch = Launcher(
+            _dispatch,
+            (
+                *(*common, group_of, padded.to(device), going, tally, counts),
+                *self._at("signals", "notices", "tokens", "counts", "ids", "weights", "scales", "rows"),
+                *(lay.most, self.max_rows, p.slots, grid.experts, lay.local, row_words, scale_words, me),
+            ),
+            free=4,
             **meeting,
-            "TP": grid.tp,
-            "SLOTS": power(p.slots),
-            "EXPERTS": power(lay.local),
-            "WORD": row_word,
-            "SCALE_WORD": scale_word,
-            "BLOCK": min(power(row_words), PUT_BLOCK),
-            "SCALE_BLOCK": min(power(max(scale_words, 1)), PUT_BLOCK),
-            "FILL": FILL,
-            "num_warps": 8,
+            TP=grid.tp,
+            SLOTS=power(p.slots),
+            EXPERTS=power(lay.local),
+            WORD=row_word,
+            SCALE_WORD=scale_word,
+            **cuts.put.shape(row_words, 4),
+            SCALE_BLOCK=cuts.put.shape(scale_words, 1)["BLOCK"],
+            FILL=FILL,
+        )
+        at_sums = (*common, *self._at("signals", "notices", "tokens", "parts"), lay.most, p.hidden, me)
+        shape = cuts.sums.shape(p.hidden, 8)
+        # A rank that refuses has nothing to leave behind, and meets in the same launch.
+        self._leaving = torch.empty(grid.ranks, lay.most, p.hidden, device=device) if cuts.copied_sums else None
+        self._launch_sums = {
+            (leaving is not None, weighted): Launcher(
+                _put_sums, (*at_sums, leaving), free=3, **meeting, **shape, K=p.slots, WEIGHTED=weighted
+            )
+            for leaving in {None, self._leaving}
+            for weighted in (True, False)
         }
-        self._sums_arguments = (*common, *self._at("signals", "notices", "tokens", "parts"), lay.most, p.hidden, me)
-        block, warps = (WIDE_BLOCK, WIDE_WARPS) if self._wide else (SUM_BLOCK, SUM_WARPS)
-        self._sums_options = {**meeting, "K": p.slots, "BLOCK": min(power(p.hidden), block), "num_warps": warps}
-        block = min(power(p.hidden), SUM_BLOCK)
-        self._add_arguments = (self.own, self.state, going, *self._at("parts"), lay.most, p.hidden)
-        self._add_options = {"RANKS": grid.ranks, "BLOCK": block, "num_warps": 4}
-        self._add_blocks = -(-p.hidden // block)
+        at_meeting = (*common, *self._at("signals", "notices"), me)
+        self._launch_meeting = Launcher(_sums_are_there, at_meeting, free=2, **meeting, num_warps=4)
+        shape = cuts.add.shape(p.hidden, 8)
+        at_add = (self.own, self.state, going, *self._at("parts"), lay.most, p.hidden)
+        self._launch_add = Launcher(_add_up, at_add, free=2, RANKS=grid.ranks, **shape)
+        self._add_blocks = -(-p.hidden // shape["BLOCK"])
+        self._their_rows = [lay.view(arena, "rows")[lay.region(me)] for arena in self.arenas]
+        self._their_parts = [lay.view(arena, "parts")[me] for arena in self.arenas]
 
     def _at(self, *names: str) -> tuple[int, ...]:
         return tuple(self.layout.offset(name) for name in names)
 
     @property
     def _limit(self) -> int:
-        return int(self.patience * (LOOKS if interpreted() else 1e6))
+        return int(self.patience * self._per_second)
 
     def _nothing(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
         """(rows, scales, ids, weights, y) for a launch that looks at none of them."""
@@ -159,49 +176,53 @@ class Exchange:
     def _load_kernels(self) -> None:
         """A kernel that is loaded while another one spins may have to wait for it: so all are loaded before any spins."""
         rows, scales, ids, weights, y = self._nothing()
-        self._launch_dispatch(rows, scales, ids, weights, 0, refused=False, dry=True)
+        self._put_rows(rows, scales, ids, weights, 0, refused=False, dry=True)
         for places in (None, ids):
             for weighted in (True, False) if self.layout.payload.slots == 1 else (True,):
-                self._launch_sums(y, places, ids, weights, weighted, refused=False, dry=True)
-        self._launch_add(y, dry=True)
+                for refused in {False, self.cuts.copied_sums}:
+                    self._put_sums(y, places, ids, weights, weighted, refused=refused, dry=True)
+        self._add_up(y, dry=True)
+        self._launch_meeting((1, 1, 1), (), (self._limit, 1))
 
-    def _launch_dispatch(
-        self, rows: Tensor, scales: Tensor | None, ids: Tensor, weights: Tensor, tokens: int, refused: bool, dry: bool = False
-    ) -> Tensor:
-        lay = self.layout
-        counts = torch.empty(lay.local, dtype=torch.int32, device=self.link.device)
-        work = max(tokens, -(-(lay.most - tokens) * lay.payload.slots // FILL), 1)
-        row_words, scale_words = rows.view(self._row_view), None if scales is None else scales.view(self._scale_view)
-        strides = (row_words.stride(0), 0 if scale_words is None else scale_words.stride(0), *ids.stride(), *weights.stride())
-        _dispatch[(1 if dry else min(work, self._programs["put"]),)](
-            *self._dispatch_arguments, row_words, scale_words, ids, weights, counts, *strides,
-            tokens, int(refused), self._limit, int(dry), **self._dispatch_options,
-        )  # fmt: skip
-        return counts[: self._num_local]
-
-    def _launch_sums(
-        self, y: Tensor, places: Tensor | None, ids: Tensor, weights: Tensor, weighted: bool, refused: bool, dry: bool = False
-    ) -> None:
-        programs = 1 if dry or refused else min(self.layout.rows, self._programs["sum"])
-        _put_sums[(programs,)](
-            *self._sums_arguments, y, places, ids, weights, y.stride(0), int(refused), self._limit, int(dry),
-            WEIGHTED=weighted, **self._sums_options,
-        )  # fmt: skip
-
-    def _launch_add(self, output: Tensor, dry: bool = False) -> None:
-        _add_up[(output.size(0), self._add_blocks)](
-            *self._add_arguments, output, *output.stride(), int(dry), **self._add_options
+    def as_words(self, rows: Any, scales: Tensor | None) -> tuple[Any, Tensor | None]:
+        """Rows and scales as kernels move them: in the widest integers that both kinds are made of."""
+        return (
+            None if rows is None else rows.view(self._row_view),
+            None if scales is None else scales.view(self._scale_view),
         )
 
-    # Calls.
+    def _put_rows(
+        self, rows: Tensor, scales: Tensor | None, ids: Tensor, weights: Tensor, tokens: int, refused: bool, dry: bool = False
+    ) -> None:
+        lay = self.layout
+        work = max(-(-tokens // self.cuts.put.rows), -(-(lay.most - tokens) * lay.payload.slots // FILL), 1)
+        rows, scales = self.as_words(None if self.cuts.copied_rows else rows, scales)
+        self._launch_dispatch(
+            (1 if dry else min(work, self._put_programs), 1, 1),
+            (rows, scales, ids, weights),
+            (
+                *(0 if rows is None else rows.stride(0), 0 if scales is None else scales.stride(0)),
+                *(*ids.stride(), *weights.stride()),
+                *(tokens, int(refused), self._limit, int(dry)),
+            ),
+        )
 
-    def nothing_received(self) -> Received:
-        """As after a dispatch in which no rank had any token. Nothing of the arena is written: peers may be at work in it."""
-        there = self._there
-        ids = torch.full_like(there["ids"], -1)
-        counts = torch.zeros(self._num_local, dtype=torch.int32, device=self.link.device)
-        scales = there["scales"] if self.layout.payload.scale_columns else None
-        return Received(there["rows"], scales, ids, there["weights"], counts)
+    def _put_sums(
+        self, y: Tensor, places: Tensor | None, ids: Tensor, weights: Tensor, weighted: bool, refused: bool, dry: bool = False
+    ) -> None:
+        tiles = -(-self.layout.most // self.cuts.sums.rows) * self.layout.grid.ranks
+        self._launch_sums[self.cuts.copied_sums and not refused, weighted](
+            (1 if dry or refused else min(tiles, self._sums_programs), 1, 1),
+            (y, places, ids, weights),
+            (y.stride(0), int(refused), self._limit, int(dry)),
+        )
+
+    def _add_up(self, output: Tensor, dry: bool = False) -> None:
+        tiles = -(-output.size(0) // self.cuts.add.rows) * self._add_blocks
+        numbers = (*output.stride(), output.size(0), int(dry))
+        self._launch_add((min(tiles, self._add_programs), 1, 1), (output,), numbers)
+
+    # Calls.
 
     def dispatch(self, rows: Tensor, scales: Tensor | None, ids: Tensor, weights: Tensor) -> Received:
         """Rows (T, columns) and their scales, with ids and weights (T, K), to the ranks of their experts; what came here.
@@ -213,10 +234,16 @@ class Exchange:
             raise self.fail("a dispatch before the combine of the last one")
         if reason := self._heard():
             raise self.fail(reason)
-        counts = self._launch_dispatch(rows, scales, ids, weights, rows.size(0), refused=False)
         self.tokens = rows.size(0)
-        there = self._there
-        return Received(there["rows"], None if scales is None else there["scales"], there["ids"], there["weights"], counts)
+        if self.cuts.copied_rows:
+            for there in self._in_turn(self._their_rows):
+                there[: self.tokens].copy_(rows)
+        self._put_rows(rows, scales, ids, weights, self.tokens, refused=False)
+        return self.received
+
+    def _in_turn(self, theirs: Sequence[T]) -> Sequence[T]:
+        """From this rank on, so that no rank is everybody's target."""
+        return [*theirs[self.link.rank :], *theirs[: self.link.rank]]
 
     def combine(
         self, output: Tensor, y: Tensor, ids: Tensor, weights: Tensor, weighted: bool, places: Tensor | None = None
@@ -228,9 +255,13 @@ class Exchange:
         """
         self.check_begun()
         tokens, self.tokens = self.tokens, None
-        self._launch_sums(y, places, ids, weights, weighted, refused=False)
+        self._put_sums(y, places, ids, weights, weighted, refused=False)
+        if self._leaving is not None:
+            for there, leaving in self._in_turn([*zip(self._their_parts, self._leaving, strict=True)])[1:]:
+                there.copy_(leaving)
+            self._launch_meeting((1, 1, 1), (), (self._limit, 0))
         if tokens:
-            self._launch_add(output)
+            self._add_up(output)
 
     def check_begun(self) -> None:
         """Refuse a combine without a dispatch before it: no rank waits for that one."""
@@ -238,7 +269,8 @@ class Exchange:
         check(self.tokens is not None, "finalize without a prepare before it")
 
     def _check_usable(self) -> None:
-        check(not self._lost, f"this exchange cannot go on: {self._lost}")
+        if self._lost:
+            raise ContractError(f"this exchange cannot go on: {self._lost}")
 
     # What goes wrong.
 
@@ -258,7 +290,7 @@ class Exchange:
         self.layout.view(self.own, "notices")[self.link.rank].copy_(words)
         if self.tokens is None:
             rows, scales, ids, weights, _ = self._nothing()
-            self._launch_dispatch(rows, scales, ids, weights, 0, refused=True)
+            self._put_rows(rows, scales, ids, weights, 0, refused=True)
 
     def withdraw_sums(self) -> None:
         """Join the second meeting."""
@@ -266,7 +298,7 @@ class Exchange:
             return
         self.tokens = None
         _, _, ids, weights, y = self._nothing()
-        self._launch_sums(y, None, ids, weights, weighted=True, refused=True)
+        self._put_sums(y, None, ids, weights, weighted=True, refused=True)
 
     def refuse(self, reason: str) -> None:
         """This rank alone finds that something is wrong: let the others know before it leaves."""

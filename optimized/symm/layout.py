@@ -54,6 +54,10 @@ class Layout:
     def rows(self) -> int:
         return self.grid.ranks * self.most
 
+    def region(self, source: int) -> slice:
+        """The rows that come from this rank."""
+        return slice(source * self.most, (source + 1) * self.most)
+
     @cached_property
     def local(self) -> int:
         """Experts of the rank that holds the most."""

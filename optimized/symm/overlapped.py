@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from moeproof.optimized.symm.cuts import Cuts, beside
 from moeproof.optimized.symm.layout import Payload
 from moeproof.optimized.symm.prepare_finalize import UNQUANTISED, SymmStandardPrepareFinalize
-from moeproof.optimized.tiles import processors
 from moeproof.reference.contract.errors import ContractError
 from moeproof.reference.contract.grid import Grid
 from moeproof.reference.contract.link import Link
@@ -24,8 +24,8 @@ from moeproof.reference.contract.overlap import IN_FLIGHT, Batch, FusedMoEOverla
 from moeproof.reference.contract.schemes import QuantScheme
 
 Tensor = torch.Tensor
-SHARE = 4
-"""One multiprocessor in so many puts; a product of matrices fills those that it gets, and shares none."""
+CUTS = beside(1 / 8)
+"""One multiprocessor in eight exchanges; a product of matrices fills those that it gets, and shares none."""
 
 
 @dataclass
@@ -48,12 +48,17 @@ class SymmOverlappedPrepareFinalize(FusedMoEOverlappedPrepareAndFinalize):
     """
 
     def __init__(
-        self, link: Link, grid: Grid, max_num_tokens: int, payload: Payload, scheme: QuantScheme = UNQUANTISED
+        self,
+        link: Link,
+        grid: Grid,
+        max_num_tokens: int,
+        payload: Payload,
+        scheme: QuantScheme = UNQUANTISED,
+        cuts: Cuts = CUTS,
     ) -> None:
         half = (max_num_tokens + 1) // 2
-        programs = max(processors(link.device) // SHARE, 1)
         self._halves = [
-            SymmStandardPrepareFinalize(link, grid, half, payload, scheme, programs=programs, half=n) for n in range(IN_FLIGHT)
+            SymmStandardPrepareFinalize(link, grid, half, payload, scheme, cuts=cuts, half=n) for n in range(IN_FLIGHT)
         ]
         for part in self._halves:
             part.exchange.owner = weakref.WeakMethod(self.abandon)

@@ -7,15 +7,12 @@ from dataclasses import replace
 
 import torch
 
-from moeproof.optimized.align import batch_rows
-from moeproof.optimized.dispatch import move_rows
 from moeproof.optimized.prepare_finalize import check_unquantised
 from moeproof.optimized.quant.prepare import quantised_rows
-from moeproof.optimized.quant.quantise import as_bytes
-from moeproof.optimized.slots import Slots
+from moeproof.optimized.symm.arrange import Arrangement
+from moeproof.optimized.symm.cuts import ALONE, Cuts
 from moeproof.optimized.symm.exchange import PATIENCE, Exchange, Received
 from moeproof.optimized.symm.layout import Layout, Payload
-from moeproof.optimized.symm.room import check_room
 from moeproof.reference.contract.errors import ContractError, check
 from moeproof.reference.contract.grid import Grid
 from moeproof.reference.contract.link import Link
@@ -24,6 +21,8 @@ from moeproof.reference.contract.schemes import SCHEMES, QuantScheme
 
 Tensor = torch.Tensor
 UNQUANTISED = SCHEMES["none"]
+WORD = 4
+"""Bytes of the widest integers that rows are moved as."""
 
 
 class _Symmetric(FusedMoEPrepareAndFinalize):
@@ -41,7 +40,8 @@ class _Symmetric(FusedMoEPrepareAndFinalize):
         payload: Payload,
         scheme: QuantScheme = UNQUANTISED,
         patience: float = PATIENCE,
-        programs: int | None = None,
+        cuts: Cuts = ALONE,
+        max_rows: int = 2**31 - 1,
         **facts: object,
     ) -> None:
         check(max_num_tokens >= 0, f"max_num_tokens={max_num_tokens} must not be negative")
@@ -49,12 +49,16 @@ class _Symmetric(FusedMoEPrepareAndFinalize):
         self.max_num_tokens = max_num_tokens
         layout = Layout(grid, payload, max(max_num_tokens, 1))
         facts |= {"kind": type(self).__name__, "max tokens": max_num_tokens, "scheme": scheme.name}
-        self.exchange = Exchange(link, layout, facts, patience, programs)
+        self.exchange = Exchange(link, layout, facts, patience, cuts, max_rows)
         self.payload = payload
         self._known_map: Tensor | None = None
         """The expert map that has been looked at: reading it would wait for the device."""
         self._accepted: tuple[object, ...] = ()
         """What the arguments of the last prepare looked like."""
+        self._as_they_are = False
+        """Whether its rows needed nothing done to them."""
+        self._returned: tuple[object, ...] = ()
+        """The same of the last finalize."""
         self._local = grid.local(link.rank)
         map_of_grid = grid.expert_map(link.rank)
         self._map = None if map_of_grid is None else map_of_grid.to(link.device)
@@ -82,9 +86,20 @@ class _Symmetric(FusedMoEPrepareAndFinalize):
         expert_map: Tensor | None,
         weight_on_input: bool,
     ) -> Received:
-        """Check, weigh, quantise and put. Whatever is refused here is told to the other ranks before it is raised."""
+        """Check, weigh, quantise and put. Whatever is refused here is told to the other ranks before it is raised.
+
+        What looks like the last call is not checked again: the words of refusals that do not come cost more than a launch.
+        """
+        looks = (
+            *(_looks(a1), _looks(topk_weights), _looks(topk_ids), a1_scale is None, a2_scale is None),
+            *(num_experts, weight_on_input, a1.data_ptr() % WORD),
+        )
+        known = looks == self._accepted and expert_map is self._known_map
+        if known and self._as_they_are:
+            return self.exchange.dispatch(a1, None, topk_ids, topk_weights)
         try:
-            self._check(a1, topk_weights, topk_ids, num_experts, expert_map, weight_on_input)
+            if not known:
+                self._check(a1, topk_weights, topk_ids, num_experts, expert_map, weight_on_input)
             if not self.scheme.quantised:
                 check_unquantised(a1_scale=a1_scale, a2_scale=a2_scale)
             rows, scales = quantised_rows(self.scheme, a1, a1_scale, topk_weights, topk_ids, weight_on_input)
@@ -97,6 +112,7 @@ class _Symmetric(FusedMoEPrepareAndFinalize):
         except Exception as error:  # whatever it is, the others must not wait for this rank
             self.exchange.refuse(str(error).strip() or type(error).__name__)
             raise
+        self._accepted, self._known_map, self._as_they_are = looks, expert_map, rows is a1 and scales is None
         got = self.exchange.dispatch(rows, beside, topk_ids, topk_weights)
         return got if beside is not None else replace(got, scales=scales)
 
@@ -109,13 +125,12 @@ class _Symmetric(FusedMoEPrepareAndFinalize):
         expert_map: Tensor | None,
         weight_on_input: bool,
     ) -> None:
-        """Metadata only, but for the contents of a map that was not there before. The same call twice is looked at once."""
-        p, tokens = self.payload, a1.size(0)
-        looks = (a1.shape, topk_ids.shape, topk_weights.shape, topk_ids.dtype, topk_weights.dtype, num_experts, weight_on_input)
-        if looks == self._accepted and expert_map is self._known_map:
-            return  # the words of refusals that do not come cost as much as a launch
+        """Metadata only, but for the contents of a map that was not there before."""
+        p, tokens, here = self.payload, a1.size(0), self.exchange.own.device
         check(a1.dim() == 2 and a1.size(1) == p.hidden, f"a1 is {tuple(a1.shape)}, must be (tokens, {p.hidden})")
         check(tokens <= self.max_num_tokens, f"{tokens} tokens on this rank, at most {self.max_num_tokens} are allowed")
+        for name, t in (("a1", a1), ("topk_ids", topk_ids), ("topk_weights", topk_weights)):
+            check(t.device == here, f"{name} is on {t.device}, this rank's exchange is on {here}")
         for name, t in (("topk_ids", topk_ids), ("topk_weights", topk_weights)):
             check(tuple(t.shape) == (tokens, p.slots), f"{name} is {tuple(t.shape)}, must be {(tokens, p.slots)}")
         check(topk_ids.dtype in (torch.int32, torch.int64), f"topk_ids is {topk_ids.dtype}, must be torch.int32 or torch.int64")
@@ -134,7 +149,6 @@ class _Symmetric(FusedMoEPrepareAndFinalize):
             whose = f"rank {self.rank} of {self.grid.ranks}"
             got = expert_map.tolist()
             check(got == want, f"expert_map is {got}, the placement gives {whose} {want}; they must be equal")
-        self._known_map, self._accepted = expert_map, looks
 
     def check_output(self, output: Tensor, topk_weights: Tensor) -> None:
         tokens = self.exchange.tokens
@@ -178,20 +192,23 @@ class SymmStandardPrepareFinalize(_Symmetric):
     ) -> None:
         """`fused_expert_output` (R * most, K, hidden); ids and weights as prepare returned them."""
         lay, p = self.exchange.layout, self.payload
-        self.exchange.check_begun()
-        try:
-            self.check_output(output, topk_weights)
-            want = (lay.rows, p.slots, p.hidden)
-            got = tuple(fused_expert_output.shape)
-            check(got == want, f"fused_expert_output is {got}, must be {want}")
-            check(
-                tuple(topk_ids.shape) == want[:2] and topk_weights.shape == topk_ids.shape,
-                "finalize got ids that the last prepare did not return; they replace the router's",
-            )
-        except ContractError as error:
-            raise self.exchange.fail(str(error)) from None
-        y = fused_expert_output.contiguous().view(-1, p.hidden)
         weighted = not apply_router_weight_on_input
+        self.exchange.check_begun()
+        looks = (_looks(output), _looks(fused_expert_output), _looks(topk_weights), _looks(topk_ids), self.exchange.tokens)
+        if looks != self._returned:
+            try:
+                self.check_output(output, topk_weights)
+                want = (lay.rows, p.slots, p.hidden)
+                got = tuple(fused_expert_output.shape)
+                check(got == want, f"fused_expert_output is {got}, must be {want}")
+                check(
+                    tuple(topk_ids.shape) == want[:2] and topk_weights.shape == topk_ids.shape,
+                    "finalize got ids that the last prepare did not return; they replace the router's",
+                )
+            except ContractError as error:
+                raise self.exchange.fail(str(error)) from None
+            self._returned = looks
+        y = fused_expert_output.contiguous().view(-1, p.hidden)
         self.exchange.combine(output, y, topk_ids.contiguous(), topk_weights.contiguous(), weighted)
 
 
@@ -204,12 +221,11 @@ class SymmBatchedPrepareFinalize(_Symmetric):
 
     def __init__(self, link: Link, grid: Grid, max_rows: int, max_num_tokens: int, payload: Payload, **more: object) -> None:
         check(max_rows >= 1, f"max_rows={max_rows} must be at least 1")
-        super().__init__(link, grid, max_num_tokens, payload, **{"rows per expert": max_rows, **more})  # type: ignore[arg-type]
+        facts = {"rows per expert": max_rows, **more}
+        super().__init__(link, grid, max_num_tokens, payload, max_rows=max_rows, **facts)  # type: ignore[arg-type]
         self.max_rows = max_rows
-        self._places: Tensor | None = None
-        """int32 (R * most * K,): row of each arrived slot in the batched layout, -1 where it has none."""
-        self._weights: Tensor | None = None
-        self._arrange(self.exchange.nothing_received())  # loads the kernels of this layout too, before any rank waits
+        self._arrange = Arrangement(self.exchange, len(self._local), max_rows, self._map)
+        self._arrange()  # loads the kernels of this layout too, before any rank waits
 
     def prepare(
         self,
@@ -224,27 +240,10 @@ class SymmBatchedPrepareFinalize(_Symmetric):
     ) -> Prepared:
         """(rows (e, max_rows, .), scales (e, max_rows, G), (e, 1, 1) or None, counts int32 (e,), None, None)."""
         got = self.send(a1, a1_scale, a2_scale, topk_weights, topk_ids, num_experts, expert_map, apply_router_weight_on_input)
-        rows, scales, self._places = self._arrange(got)
-        self._weights = got.weights
+        rows, scales = self._arrange()
+        if scales is None and got.scales is not None:
+            scales = got.scales.expand(len(self._local), 1, 1)
         return rows, scales, got.counts, None, None
-
-    def _arrange(self, got: Received) -> tuple[Tensor, Tensor | None, Tensor]:
-        """(rows and scales in the batched layout, places)."""
-        e = len(self._local)
-        places, _ = batch_rows(Slots(got.ids, self.grid.experts, e, self._map), self.max_rows)
-        check_room(self.exchange, got.counts, self.max_rows)
-        scales = got.scales
-        if self.payload.scale_columns and scales is not None:
-            scales = self._placed(scales, places)
-        elif scales is not None:
-            scales = scales.expand(e, 1, 1)
-        return self._placed(got.rows, places), scales, places
-
-    def _placed(self, column: Tensor, places: Tensor) -> Tensor:
-        """(R * most, .) as arrived -> (e, max_rows, .)."""
-        out = torch.empty(len(self._local), self.max_rows, column.size(1), dtype=column.dtype, device=column.device)
-        move_rows(as_bytes(column), as_bytes(out).flatten(0, 1), self.payload.slots, rows=places)
-        return out
 
     def finalize(
         self,
@@ -255,20 +254,26 @@ class SymmBatchedPrepareFinalize(_Symmetric):
         apply_router_weight_on_input: bool,
     ) -> None:
         """`fused_expert_output` (e, max_rows, hidden). Weights are those that travelled with the tokens."""
-        p = self.payload
-        places, weights = self._places, self._weights
-        self._places = self._weights = None
+        p, got = self.payload, self.exchange.received
+        weighted = not apply_router_weight_on_input
         self.exchange.check_begun()
-        try:
-            self.check_output(output, topk_weights)
-            want = (len(self._local), self.max_rows, p.hidden)
-            got = tuple(fused_expert_output.shape)
-            check(got == want, f"fused_expert_output is {got}, must be {want}")
-        except ContractError as error:
-            raise self.exchange.fail(str(error)) from None
-        assert places is not None and weights is not None, "prepare left them"
+        looks = (_looks(output), _looks(fused_expert_output), topk_weights.dim(), self.exchange.tokens)
+        if looks != self._returned:
+            try:
+                self.check_output(output, topk_weights)
+                want = (len(self._local), self.max_rows, p.hidden)
+                shape = tuple(fused_expert_output.shape)
+                check(shape == want, f"fused_expert_output is {shape}, must be {want}")
+            except ContractError as error:
+                raise self.exchange.fail(str(error)) from None
+            self._returned = looks
         y = fused_expert_output.contiguous().view(-1, p.hidden)
-        self.exchange.combine(output, y, places, weights, not apply_router_weight_on_input, places)
+        self.exchange.combine(output, y, got.ids, got.weights, weighted, self._arrange.places)
+
+
+def _looks(t: Tensor) -> tuple[object, ...]:
+    """All of a tensor that a check or a kernel depends on, but for where it begins."""
+    return t.shape, t.stride(), t.dtype, t.device
 
 
 def _travels(rows: Tensor, name: str, columns: int, dtype: torch.dtype) -> Tensor:
@@ -276,7 +281,7 @@ def _travels(rows: Tensor, name: str, columns: int, dtype: torch.dtype) -> Tenso
     if rows.shape[1:] != (columns,) or rows.dtype != dtype:
         got = f"{tuple(rows.shape)} {rows.dtype}"
         raise ContractError(f"{name} to send are {got}, this exchange was made for (tokens, {columns}) {dtype}")
-    word = math.gcd(columns * dtype.itemsize, 4)
+    word = math.gcd(columns * dtype.itemsize, WORD)
     if rows.stride(1) == 1 and rows.data_ptr() % word == 0 and rows.stride(0) * dtype.itemsize % word == 0:
         return rows
     return rows.clone(memory_format=torch.contiguous_format)

@@ -5,30 +5,18 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
-from moeproof.optimized.symm.exchange import Exchange
 from moeproof.optimized.symm.signals import FAILED, FINE, FULL, tell
 
 
-@triton.jit(do_not_specialize=("me",))
-def _check_room(own, counts, state, notice, at_notices, num_local, max_rows, me, EXPERTS: tl.constexpr):
+@triton.jit
+def kept_within(total, max_rows, own, state, notice, at_notices, me, EXPERTS: tl.constexpr):
+    """(EXPERTS,): rows of each local expert, capped. Fails this call, and its combine on all ranks, where one has more."""
     e = tl.arange(0, EXPERTS)
-    count = tl.load(counts + e, mask=e < num_local, other=0)
-    # Whoever reads the counts of a failed call must still stay inside the regions.
-    tl.store(counts + e, tl.minimum(count, max_rows), mask=e < num_local)
-    first = tl.min(tl.where(count > max_rows, e, EXPERTS), 0)
+    first = tl.min(tl.where(total > max_rows, e, EXPERTS), 0)
     if (first < EXPERTS) & (tl.load(state + FAILED) == FINE):
-        rows = tl.sum(tl.where(e == first, count, 0), 0)
-        tell(own, state, notice, at_notices, me, FULL, first, rows)
-
-
-def check_room(exchange: Exchange, counts: torch.Tensor, max_rows: int) -> None:
-    """Fail this call, here and with its combine on all ranks, where an expert has more rows than `max_rows`; cap the counts."""
-    e = counts.numel()
-    _check_room[(1,)](
-        exchange.own, counts, exchange.state, exchange.notice, exchange.layout.offset("notices"), e, max_rows,
-        exchange.link.rank, EXPERTS=triton.next_power_of_2(e), num_warps=1,
-    )  # fmt: skip
+        tell(own, state, notice, at_notices, me, FULL, first, tl.sum(tl.where(e == first, total, 0), 0))
+    # Whoever reads the counts of a failed call must still stay inside the regions.
+    return tl.minimum(total, max_rows)

@@ -93,6 +93,10 @@ class Problem:
             "inplace with a latent projection: sizes of input and output differ inside",
         )
         check(
+            not (self.latent and self.router.zero_experts),
+            "latent with zero experts: an identity expert adds x, H wide, to a sum in the latent width",
+        )
+        check(
             not (self.latent and self.quant.quantised),
             f"latent with scheme={self.scheme}: QUANT1 would quantise the projection's result, which no stage shows",
         )
@@ -120,6 +124,11 @@ class Problem:
     def weight_experts(self) -> int:
         """Experts that own weights: E and the fused shared experts after them."""
         return self.E + self.router.fused_shared
+
+    @property
+    def named_ids(self) -> int:
+        """Ids below this stand for an expert, with weights or identity; any other is no more routed than -1."""
+        return max(self.routed_ids, self.weight_experts)
 
     @property
     def slots(self) -> int:

@@ -13,6 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from moeproof.reference.contract.errors import ContractError, check
 from moeproof.reference.contract.formats import FORMATS, Format, format_of
+from moeproof.reference.contract.inputs import Inputs
 from moeproof.reference.contract.schemes import ALL, Quantiser, QuantScheme
 
 Tensor = torch.Tensor
@@ -122,6 +123,16 @@ def check_global(name: str, quantiser: Quantiser | None, scale: Tensor | None, e
     else:
         _exactly(name, scale, (experts, 1, 1), torch.float32, device, "the weights' scales have two levels")
         _check_values_once(name, scale, FORMATS["fp32"])
+
+
+def check_inputs(inputs: Inputs) -> None:
+    """Everything quantised of a whole layer's call."""
+    i, p, scheme, e = inputs, inputs.problem, inputs.problem.quant, inputs.w1.size(0)
+    sizes = (e, p.N, p.hidden, p.I)
+    check_static_scale("a1_scale", scheme.a1, i.a1_scale, 0, i.device)
+    check_quantised(scheme, p.fmt.dtype, sizes, i.w1, i.w2, i.w1_scale, i.w2_scale, i.w1_zp, i.w2_zp, i.a2_scale)
+    check_global("w1_global", scheme.w, i.w1_global, e, i.device)
+    check_global("w2_global", scheme.w, i.w2_global, e, i.device)
 
 
 _seen = WeakTensorKeyDictionary()

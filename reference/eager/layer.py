@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from moeproof.reference.contract.inputs import Inputs
+from moeproof.reference.contract.quant_checks import check_inputs
 from moeproof.reference.eager import quant_layer
 from moeproof.reference.eager.activations import activate
 from moeproof.reference.eager.experts import matmul
@@ -83,7 +84,7 @@ def run(inputs: Inputs) -> dict[str, Tensor]:
         routed = inputs.topk_ids >= 0 if p.quant.quantised else live_TK
         source = weighted_input(source, inputs.topk_weights, torch.where(routed, inputs.topk_ids, -1))
     if p.quant.quantised:
-        quant_layer.check_inputs(inputs)
+        check_inputs(inputs)
         shows |= quant_layer.run(inputs, source, local_TK)
         return shows | {"out": _finish(inputs, shows["y"], live_TK)}
     gate_up = torch.zeros(T, K, p.N, dtype=dtype, device=x.device)

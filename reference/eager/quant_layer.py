@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from moeproof.reference.contract.inputs import Inputs
-from moeproof.reference.contract.quant_checks import check_global, check_quantised, check_static_scale
 from moeproof.reference.eager.activations import activate
 from moeproof.reference.eager.quantise import Matrix, activations, matmul, plain, quantise, weights
 
@@ -18,16 +17,6 @@ def _weights(inputs: Inputs, name: str, expert: int) -> Matrix:
     t = {n: None if (v := getattr(inputs, f"{name}{n}")) is None else v[expert] for n in ("", "_scale", "_zp", "_global")}
     assert t[""] is not None and t["_scale"] is not None
     return weights(t[""], t["_scale"], t["_zp"], t["_global"], q, inputs.problem.fmt.dtype)
-
-
-def check_inputs(inputs: Inputs) -> None:
-    """Refuse scales, codes and zero points that the scheme does not have, before anything is computed."""
-    i, p, scheme, e = inputs, inputs.problem, inputs.problem.quant, inputs.w1.size(0)
-    sizes = (e, p.N, p.hidden, p.I)
-    check_static_scale("a1_scale", scheme.a1, i.a1_scale, 0, i.device)
-    check_quantised(scheme, p.fmt.dtype, sizes, i.w1, i.w2, i.w1_scale, i.w2_scale, i.w1_zp, i.w2_zp, i.a2_scale)
-    check_global("w1_global", scheme.w, i.w1_global, e, i.device)
-    check_global("w2_global", scheme.w, i.w2_global, e, i.device)
 
 
 def run(inputs: Inputs, source: Tensor, local_TK: Tensor) -> dict[str, Tensor]:

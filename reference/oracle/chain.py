@@ -4,7 +4,7 @@ Each intermediate may or may not have been rounded to the problem's dtype (fused
 enters as a variance ulp^2 / 12, and every deterministic error A of a stage as a standard deviation A / 7. Variances pass
 through a GEMM by its squared weights and through the activation by its own finite differences. The final allowance is
 7 standard deviations and half an ulp of the output (docs/tolerances.md). What is made of a value that may not fit the dtype
-is undefined: a kernel that stores it goes on with an infinity, one that keeps float32 with the value.
+is NaN, which is not compared: overflow.py.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ import torch
 from moeproof.reference.contract.candidate import Claims
 from moeproof.reference.contract.inputs import Inputs
 from moeproof.reference.contract.problem import Problem
-from moeproof.reference.contract.schemes import Format
+from moeproof.reference.contract.quant_checks import check_inputs
+from moeproof.reference.contract.schemes import Format, Quantiser
 from moeproof.reference.oracle import activations
 from moeproof.reference.oracle.bounds import U32, accumulator, combine_error
 from moeproof.reference.oracle.combine import routed_sum, slot_weights
 from moeproof.reference.oracle.experts import by_expert, gemm1_exact, gemm2_exact, input_rows, live_slots, local_ids
+from moeproof.reference.oracle.overflow import undefined
 from moeproof.reference.oracle.products import Operand, decoded, grouped, plain
-from moeproof.reference.oracle.quant_stages import quant1, weight
+from moeproof.reference.oracle.quant_stages import quant1, slot_scale, weight
 from moeproof.reference.oracle.requantise import requantised
 from moeproof.reference.oracle.rounding import ulp
 from moeproof.reference.oracle.value import Trace, stored
@@ -57,10 +59,10 @@ def _spread(exact: Tensor, error: Tensor, fmt: Format) -> Spread:
     return Spread(exact, torch.where(representable, 0.0, variance))
 
 
-def _in_range(x: Spread, fmt: Format) -> Spread:
-    """x as the next stage reads it: NaN, which is not compared, where a kernel that stores x may hold an infinity."""
-    beyond = x.value.abs() + x.allowed > fmt.max
-    return Spread(torch.where(beyond, torch.nan, x.value), torch.where(beyond, 0.0, x.variance))
+def _as_read(x: Spread, fmt: Format, q: Quantiser | None = None, given: Tensor | None = None) -> Spread:
+    """x as the next stage reads it, QUANT2 by `q` if it is one: NaN where a kernel that stores x may hold an infinity."""
+    lost = undefined(x.value, x.allowed, fmt, q, given) | x.value.isnan()
+    return Spread(torch.where(lost, torch.nan, x.value), torch.where(lost, 0.0, x.variance))
 
 
 def _through_activation(x: Spread, problem: Problem, claims: Claims) -> Spread:
@@ -116,8 +118,8 @@ def _experts(inputs: Inputs, x: Spread, claims: Claims) -> tuple[Spread, Spread,
         rows = x.variance[:, None, :].expand(*local.shape, -1)
         own = _weighted(rows, inputs.w1.__getitem__, inputs.w1.size(0), inputs.w1.size(1), local)
         gate_up = Spread(gate_up.value, gate_up.variance + own)
-    h = _through_activation(_in_range(gate_up, p.fmt), p, claims)
-    read = _in_range(h, p.fmt)
+    h = _through_activation(_as_read(gate_up, p.fmt), p, claims)
+    read = _as_read(h, p.fmt)
     y = _spread(*gemm2_exact(inputs, read.value, claims), p.fmt)
     own = _weighted(read.variance, inputs.w2.__getitem__, inputs.w2.size(0), inputs.w2.size(1), local)
     return gate_up, h, Spread(y.value, y.variance + own)
@@ -134,8 +136,8 @@ def quantised_experts(inputs: Inputs, claims: Claims, rows: Operand) -> tuple[Sp
     """gate_up, h and y of the quantised experts. `rows` (T, K, H) are exact; h is not, so its codes may flip: `requantised`."""
     p, scheme, local = inputs.problem, inputs.problem.quant, local_ids(inputs)
     gate_up = _spread(*grouped(inputs, "w1", rows, inputs.b1, claims, p.N), p.fmt)
-    h = _through_activation(_in_range(gate_up, p.fmt), p, claims)
-    read = _in_range(h, p.fmt)
+    h = _through_activation(_as_read(gate_up, p.fmt), p, claims)
+    read = _as_read(h, p.fmt, scheme.a2, slot_scale(inputs, inputs.a2_scale))
     if scheme.a2 is None:
         operand, variance = plain(read.value, p.fmt), read.variance
     else:
@@ -143,11 +145,7 @@ def quantised_experts(inputs: Inputs, claims: Claims, rows: Operand) -> tuple[Sp
     y = _spread(*grouped(inputs, "w2", operand, inputs.b2, claims, p.hidden), p.fmt)
     # Decoded one expert at a time: all of a full-size layer in float64 would not fit beside its codes.
     own = _weighted(variance, lambda expert: weight(inputs, "w2", expert).values, inputs.w2.size(0), p.hidden, local)
-    # A scale made of an infinity serves a whole group, and codes of one a whole row: nothing is known of its product.
-    lost = read.value.isnan().any(dim=-1, keepdim=True) & (local >= 0)[..., None]
-    if scheme.a2 is not None and not scheme.a2.by_token:
-        lost = lost.any().expand_as(lost) & (local >= 0)[..., None]
-    return gate_up, h, Spread(torch.where(lost, torch.nan, y.value), y.variance + own)
+    return gate_up, h, Spread(y.value, y.variance + own)
 
 
 def shared_expert(inputs: Inputs, claims: Claims) -> tuple[Tensor, Tensor] | None:
@@ -195,7 +193,8 @@ def chain(inputs: Inputs, claims: Claims) -> Trace:
 
 
 def spreads(inputs: Inputs, claims: Claims) -> dict[str, Spread]:
-    """The same four before they are stored: exact values and variances."""
+    """The same four before they are stored: exact values and variances. Refuses scales that the scheme does not have."""
+    check_inputs(inputs)
     p = inputs.problem
     x = known(inputs.hidden_states)
     if p.latent:
@@ -208,7 +207,7 @@ def spreads(inputs: Inputs, claims: Claims) -> dict[str, Spread]:
 def finish(inputs: Inputs, y: Spread, claims: Claims) -> Spread:
     """out (T, H) of the experts' y (T, K, .): weigh and sum, scale, leave the latent width, add the shared expert."""
     p = inputs.problem
-    y = _in_range(y, p.fmt)
+    y = _as_read(y, p.fmt)
     exact, magnitude, quantum = routed_sum(inputs, y.value)
     own = combine_error(magnitude, p.slots + 1, quantum, p.fmt, claims)
     total = Spread(exact, (_squared_weights(inputs)[:, :, None] * y.variance).sum(dim=1) + (own / SIGMAS) ** 2)

@@ -1,7 +1,7 @@
-"""Where float32 may leave its range on the way to a result inside it. There nothing can be demanded of the result.
+"""Where a kernel may leave the range of what it computes in, or of what it stores. There nothing can be demanded of it.
 
-With P = sum |code_x code_w| over a scale group, s_x and s_w the group's scales and S = sum P s_x s_w, a kernel may multiply
-in any of these orders, and what it holds on the way is at most
+On the way to a sum inside float32's range: with P = sum |code_x code_w| over a scale group, s_x and s_w the group's scales
+and S = sum P s_x s_w, a kernel may multiply in any of these orders, and what it holds on the way is at most
 
     ((P s_x) s_w)           P s_x          and then S
     ((P s_w) s_x)           P s_w          and then S
@@ -11,6 +11,12 @@ in any of these orders, and what it holds on the way is at most
 in magnitude, partial sums of every order of summation included. Where one of them reaches 2^128 that order gives an infinity,
 and infinities of both signs, or one times a code 0, give NaN. Scales that large come from values that overflowed before:
 an fp16 activation that became infinite is quantised with the largest scale that its format has.
+
+When an intermediate is stored: a value rounds to infinity from half a step beyond the dtype's maximum on (IEEE 754-2019
+section 4.3.1), and fused kernels never store it. Whoever reads it goes on with an infinity or with the value, so what is made
+of it is undefined: NaN, which arithmetic carries from there on, through the group whose scale was made of it, the row of the
+product, the slot's token. A static scale that reaches its format's maximum inside the dtype's range is the exception: infinity
+saturates there like any other value beyond.
 """
 
 from __future__ import annotations
@@ -19,12 +25,34 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from moeproof.reference.contract.schemes import Format, Quantiser
 from moeproof.reference.oracle.bounds import OVERFLOW
 
 if TYPE_CHECKING:
     from moeproof.reference.oracle.products import Operand
 
 Tensor = torch.Tensor
+
+
+def may_be_infinite(value: Tensor, error: Tensor, fmt: Format) -> Tensor:
+    """bool: elements whose rounding to `fmt`, after an error of at most `error`, may be an infinity."""
+    return value.abs() + error >= fmt.max + half_step(fmt)
+
+
+def half_step(fmt: Format) -> float:
+    """Half the distance between neighbours at the maximum of `fmt`."""
+    return 2.0 ** (fmt.emax - fmt.bits - 1)
+
+
+def undefined(value: Tensor, error: Tensor, fmt: Format, q: Quantiser | None = None, given: Tensor | None = None) -> Tensor:
+    """bool: elements of an intermediate that the next stage may read as an infinity, to other effect than the value.
+
+    `q` quantises it next, with the static scale `given`, if that is so.
+    """
+    beyond = may_be_infinite(value, error, fmt)
+    if q is None or given is None or not q.static or q.two_level:
+        return beyond
+    return beyond & (q.format.max * given > fmt.max)
 
 
 def may_overflow(x: Operand, w: Operand, reach: Tensor) -> Tensor:

@@ -32,7 +32,8 @@ class Quantised:
     """float64 values of codes and scales. `q` (.., R, C), `s` (.., rows, G) as RULES define them.
 
     `z` (.., rows, G) zero points and `g` (.., 1, 1) global scales where the row has them. `defined` (.., R, C) bool marks
-    elements whose group holds finite values only; the contract says nothing of the others.
+    elements whose group holds finite values only; under a static scale those that are no NaN, for infinities saturate. The
+    contract says nothing of the others.
     """
 
     quantiser: Quantiser
@@ -164,7 +165,10 @@ def quantise(x: Tensor, quantiser: Quantiser, dtype: Format, given: Tensor | Non
     row is static and nothing is given.
     """
     check(given is not None or not quantiser.static, f"{quantiser.fmt}: the scheme's scale is static, and none was given")
-    ok = expand(reduce_groups(x.isfinite().double(), quantiser, "amin"), quantiser, x.shape) > 0
+    if quantiser.static and not quantiser.two_level:
+        ok = ~x.isnan()
+    else:
+        ok = expand(reduce_groups(x.isfinite().double(), quantiser, "amin"), quantiser, x.shape) > 0
     x = torch.where(ok, x, 0.0)
     s, g, amax = scales(x, quantiser, dtype, given)
     each = expand(s, quantiser, x.shape)

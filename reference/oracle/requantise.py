@@ -19,6 +19,8 @@ boundary may take either scale: the difference d of both results is a variance d
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from moeproof.reference.contract.inputs import Inputs
@@ -56,9 +58,13 @@ def _relative(sigma: Tensor, h: Tensor, q: Quantised) -> Tensor:
 
 
 def requantised(inputs: Inputs, h: Tensor, variance: Tensor) -> tuple[Operand, Tensor]:
-    """The operand that GEMM2 reads, made from float64 h (T, K, I), and the variance of its decoded values."""
+    """The operand that GEMM2 reads, made from float64 h (T, K, I), and the variance of its decoded values.
+
+    NaN in h, of which nothing is known, makes NaN of its group.
+    """
     h = torch.where(live_slots(inputs)[..., None], h, 0.0)
     made = quant2(inputs, fl(h))
+    assert made.defined is not None
     values, sigma = made.values, variance.sqrt()
     static = made.quantiser.static
     rho = torch.zeros_like(h) if static else _relative(sigma, h, made)
@@ -69,4 +75,5 @@ def requantised(inputs: Inputs, h: Tensor, variance: Tensor) -> tuple[Operand, T
         shift = SIGMAS * (rho if not static else _relative(sigma, h, made))
         for side in (1 + shift, 1 - shift):
             spread = spread + (quant2(inputs, fl(h * side)).values - values) ** 2 / 4
-    return decoded(made), torch.where(variance == 0, torch.where(rho == 0, 0.0, spread), spread)
+    known = replace(decoded(made), values=torch.where(made.defined, values, torch.nan))
+    return known, torch.where(((variance == 0) & (rho == 0)) | ~made.defined, 0.0, spread)

@@ -20,7 +20,7 @@ from moeproof.reference.contract.candidate import Claims
 from moeproof.reference.contract.formats import Format
 from moeproof.reference.contract.inputs import Inputs
 from moeproof.reference.contract.tensor_cores import PROMOTED, TENSOR_CORES
-from moeproof.reference.oracle.bounds import LEAST, U32
+from moeproof.reference.oracle.bounds import LEAST, U32, U64
 from moeproof.reference.oracle.experts import by_expert, local_ids
 from moeproof.reference.oracle.products import CUT, STEP, U_FP8, Operand, accumulator_class, decoded, plain
 from moeproof.reference.oracle.quant_stages import weight
@@ -116,7 +116,9 @@ def product(x: Operand, w: Operand, dtype: Format, claims: Claims, bias: Tensor 
     # Six roundings of the sum and what is added to it; four of each partial sum that scales of its own bring.
     after = 6 * (s.y**2 + (0 if bias is None else bias.double() ** 2))
     scaled = 4 * s.Q if max(x.groups, w.groups) > 1 else 0
-    return torch.hypot(TYPICAL[kind](s), U32 * ((after + scaled) * MEAN_SQUARE / 3).sqrt())
+    scales = U32 * ((after + scaled) * MEAN_SQUARE / 3).sqrt()
+    # The oracle's own sum is off by this. Where the terms cancel, to zero in integers, it is all that its y consists of.
+    return torch.hypot(torch.hypot(TYPICAL[kind](s), scales), U64 * math.sqrt(s.length) * s.S)
 
 
 def grouped(inputs: Inputs, name: str, rows_TKA: Operand, claims: Claims) -> Tensor:

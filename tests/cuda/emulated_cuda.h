@@ -258,7 +258,22 @@ template <typename T> T atomicAdd(T* at, T x) {
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fmaf_rn(float a, float b, float c) { return std::fmaf(a, b, c); }
-inline int __float2int_rn(float x) { return static_cast<int>(std::nearbyint(x)); }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+    const uint64_t both = uint64_t(y) << 32 | x;
+    unsigned bytes = 0;
+    for (int i = 0; i < 4; ++i) bytes |= unsigned(both >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+    return bytes;
+}
+// min(a + b, c) of the signed halves of words.
+inline unsigned __viaddmin_s16x2(unsigned a, unsigned b, unsigned c) {
+    unsigned least = 0;
+    for (int shift = 0; shift < 32; shift += 16) {
+        const int16_t sum = static_cast<int16_t>((a >> shift) + (b >> shift)), other = static_cast<int16_t>(c >> shift);
+        least |= unsigned(static_cast<uint16_t>(std::min(sum, other))) << shift;
+    }
+    return least;
+}
 struct alignas(8) uint2 {
     unsigned x, y;
 };

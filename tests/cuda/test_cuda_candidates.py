@@ -12,13 +12,14 @@ from moeproof.harness.cases.presets import PRESETS, preset
 from moeproof.harness.judging.pairs import as_candidate
 from moeproof.harness.registry import load_candidates
 from moeproof.optimized import candidates as triton
+from moeproof.optimized.cuda import batched, quant_stages, scaled_gemm, stages
 from moeproof.optimized.cuda import candidates as cuda
-from moeproof.optimized.cuda import quant_stages, scaled_gemm, stages
 from moeproof.reference.contract import ContractError, Problem
 
 PLAIN = "T=4,H=16,I=8,E=4,K=2"
 MIXES = {*cuda.MIXES, "cuda-modular"}
 AROUND = {"cuda-triton-gemm"}
+BATCHED = {*cuda.BATCHED_MIXES}
 QUANTISERS = {"cuda-quant-triton-gemm"}
 HOPPER = {*QUANTISERS, "cuda-fp8", "triton-quant-cuda-gemm", "cuda-fp8-modular"}
 
@@ -42,7 +43,9 @@ def problem(line: str) -> Problem:
         ("T=4,H=16,I=7,E=4,K=2", AROUND, "rows of whole 16 bytes"),
         ("T=4,H=16,I=8,E=1500,K=2", set(), "at most 1024"),
         ("T=4,H=16,I=8,E=64,K=40", AROUND, "at most 32 slots"),
-        (f"{PLAIN},layout=batched,capacity=4", set(), "standard layout"),
+        (f"{PLAIN},layout=batched,capacity=4", BATCHED, "standard layout"),
+        (f"{PLAIN},layout=batched,capacity=4,dtype=fp16", {"cuda-batched-triton-gemm"}, "bf16 only"),
+        (f"{PLAIN},layout=batched,capacity=4,scheme=fp8_block", set(), "quantised experts are not implemented"),
         (f"{PLAIN},latent=8", set(), "latent"),
         (f"{PLAIN},ep=2,shared=8", set(), "ep > 1"),
         (f"{PLAIN},shared=8", {*cuda.MIXES}, "routed experts only"),
@@ -63,7 +66,9 @@ def test_support_is_declared(line: str, supporters: set[str], reason: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("mixes", "seams"), [(cuda.MIXES, stages.SEAMS), (cuda.QUANT_MIXES, quant_stages.SEAMS)], ids=["plain", "quantised"]
+    ("mixes", "seams"),
+    [(cuda.MIXES, stages.SEAMS), (cuda.QUANT_MIXES, quant_stages.SEAMS), (cuda.BATCHED_MIXES, batched.SEAMS)],
+    ids=["plain", "quantised", "batched"],
 )
 def test_every_pair_of_backends_meets_at_every_seam(
     mixes: dict[str, tuple[str, ...]], seams: tuple[tuple[str, str], ...]
@@ -75,7 +80,7 @@ def test_every_pair_of_backends_meets_at_every_seam(
         assert met == set(product((True, False), repeat=2)), (before, after)
 
 
-@pytest.mark.parametrize("where", [stages, quant_stages])
+@pytest.mark.parametrize("where", [stages, quant_stages, batched])
 def test_a_mix_takes_each_stage_from_its_backend(where: ModuleType) -> None:
     for name in where.NAMES:
         mix = where.mix((name,))
@@ -97,7 +102,7 @@ def test_a_user_mixes_stages_by_name() -> None:
 
 def test_names_are_new() -> None:
     assert not {c.name for c in cuda.candidates()} & {c.name for c in triton.candidates()}
-    assert {c.name for c in cuda.candidates()} == MIXES | HOPPER
+    assert {c.name for c in cuda.candidates()} == MIXES | HOPPER | BATCHED
     assert all(c.backend == "cuda" for c in cuda.candidates())
 
 

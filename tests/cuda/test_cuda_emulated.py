@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,10 +17,12 @@ from moeproof.harness.judging.judge import judge
 from moeproof.harness.verdict import Outcome
 from moeproof.optimized import align as triton
 from moeproof.optimized.cuda import align as cuda
-from moeproof.optimized.cuda import stages
+from moeproof.optimized.cuda import stages, toolkit
 from moeproof.optimized.cuda.library import CudaError
+from moeproof.optimized.cuda.quantise import quantise
 from moeproof.optimized.slots import Slots
-from moeproof.reference.contract import Router
+from moeproof.reference.contract import FORMATS, SCHEMES, Router
+from moeproof.reference.oracle import quantise as oracle
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++ here to compile the emulated kernels")
 
@@ -35,6 +38,9 @@ CASES = [
     "T=5,H=24,I=16,E=6,K=2,router=sparsemixer,logits=ties,act=relu2_no_mul,seed=8",
     "T=5,H=24,I=16,E=40,K=3,router=sqrtsoftplus:renorm=lp/2:fused_shared=1,act=gelu_tanh,seed=9",
     "T=0,H=32,I=16,E=4,K=2",
+    "T=9,H=40,I=24,E=5,K=2,layout=batched,capacity=18,routing=minus1,seed=10",
+    "T=9,H=40,I=24,E=6,K=3,layout=batched,capacity=9,ep=2,act=swigluoai,strided=1,routing=dup,seed=11",
+    "T=9,H=50,I=40,E=4,K=1,layout=batched,capacity=9,dtype=fp32,act=relu2_no_mul,weight_on_input=1,seed=12",
     "T=9,H=160,I=96,E=5,K=2,scheme=fp8_token,values=hetero,routing=minus1",
     "T=9,H=160,I=96,E=5,K=2,scheme=fp8_block,values=pin,strided=1",
     "T=9,H=160,I=96,E=5,K=2,scheme=int8_token,values=hetero,dtype=fp16",
@@ -77,6 +83,50 @@ def test_judged(line: str) -> None:
     assert any(v.outcome is Outcome.PASS for v in verdicts)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "T=9,H=1152,I=96,E=5,K=2,scheme=int8_token,routing=minus1",
+        "T=5,H=1280,I=128,E=5,K=2,scheme=fp8_token,values=hetero",
+        "T=9,H=384,I=256,E=5,K=2,scheme=fp8_block,values=pin",
+        "T=9,H=160,I=96,E=5,K=2,scheme=mxfp8,routing=minus1",
+        "T=9,H=160,I=96,E=5,K=2,scheme=mxfp4_w4a4,values=pin",
+        "T=9,H=160,I=96,E=5,K=2,scheme=mxfp4_w4a4_up,values=hetero,routing=dup",
+    ],
+)
+def test_kernels_of_many_rows(line: str, folder: Path, tmp_path: Path) -> None:
+    """The quantisers that large batches take, on small ones: a copy of the source that calls no batch small."""
+    for path in (*toolkit.SOURCES.glob("*.cu"), *toolkit.SOURCES.glob("*.cuh")):
+        shutil.copy(path, tmp_path / path.name)
+    source, few = tmp_path / "quantise.cu", "FEW = 128 * 2048;"
+    assert source.read_text().count(few) == 1
+    source.write_text(source.read_text().replace(few, "FEW = 0;"))
+    with emulating(folder, tmp_path):
+        candidate = next(c for c in emulated_candidates() if c.name == "cuda-quant-triton-gemm")
+        verdict = judge(candidate, parse_case(line), "cpu")
+
+    assert verdict.outcome is Outcome.PASS, str(verdict)
+
+
+@pytest.mark.usefixtures("on_host")
+@pytest.mark.parametrize("scheme", ["mxfp4_w4a4", "mxfp4_w4a4_up"])
+def test_every_bfloat16_beside_a_group_maximum(scheme: str) -> None:
+    """All significands and signs, ten binades below maxima of many, at both ends of the range: the codes of the oracle."""
+    q = SCHEMES[scheme].a1
+    assert q is not None
+    magnitudes = torch.arange(128 * 10, dtype=torch.int32) + 128 * 118  # bits of bfloat16, from 2^-9 to just below 2
+    tops = magnitudes[-128::9]
+    signed = torch.cat([magnitudes, magnitudes + 0x8000]).view(-1, 20)
+    x = torch.cat([torch.cat([signed, top.expand(len(signed), 12)], 1) for top in tops])
+    x = torch.cat([x + 128 * binades for binades in (-116, 0, 120)])
+    values = x.masked_fill((x & 0x7FFF) > x[:, -1:], 0).to(torch.uint16).view(torch.bfloat16)
+    codes, scales = quantise(values, q, FORMATS["bf16"])
+    wanted = oracle.quantise(values.double(), q, FORMATS["bf16"])
+
+    assert torch.equal(codes, wanted.codes())
+    assert torch.equal(scales, wanted.scale(FORMATS["bf16"]))
+
+
 SORTED = ("sorted_slots", "block_expert", "num_padded", "counts")
 
 
@@ -90,9 +140,12 @@ def random_slots(T: int, K: int, E: int, seed: int) -> Slots:
 
 
 @pytest.mark.usefixtures("on_host")
-@pytest.mark.parametrize(("T", "K", "E", "block_m"), [(1, 1, 1, 16), (100, 3, 77, 16), (1025, 2, 9, 64), (1100, 8, 70, 16)])
+@pytest.mark.parametrize(
+    ("T", "K", "E", "block_m"),
+    [(1, 1, 1, 16), (100, 3, 77, 16), (200, 8, 33, 32), (1025, 2, 9, 64), (900, 8, 20, 32), (1100, 8, 70, 16)],
+)
 def test_the_sort_is_the_triton_twins(T: int, K: int, E: int, block_m: int) -> None:
-    """Bit for bit, in the one-launch form and (8,800 slots) in the two-launch form."""
+    """Bit for bit, in each of the one-launch forms and (8,800 slots) in the two-launch form."""
     slots = random_slots(T, K, E, T)
     ours, twin = cuda.align(slots, block_m), triton.align(slots, block_m)
 

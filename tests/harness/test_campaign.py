@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from moeproof.harness.cases.case import parse_case
-from moeproof.harness.cases.compiled_sample import RUN, TOKENS, compiled_case, layers
+from moeproof.harness.cases.compiled_sample import RUN, TOKENS, aligned_case, aligned_layers, compiled_case, layers
 from moeproof.harness.cases.quant_sample import QUANTISED
 from moeproof.harness.judging import campaign
 from moeproof.harness.judging.campaign import Cell, Piece, Record
 from moeproof.harness.judging.judge import judge
+from moeproof.harness.registry import load_candidates
 from moeproof.harness.verdict import Finding, Outcome, Verdict
 from moeproof.reference.contract import ContractError, Inputs
 from moeproof.reference.contract.problem import LAYOUTS
@@ -118,3 +119,11 @@ def test_the_compiled_sample_needs_few_kernels() -> None:
     assert {c.problem.dtype for c in drawn} == {"bf16", "fp16", "fp32"}
     assert len({str(c) for c in drawn}) == len(drawn)
     assert all(parse_case(str(case)) == case for case in drawn)
+
+
+def test_the_aligned_sample_has_layers_for_library_products_and_fused_kernels() -> None:
+    drawn = [aligned_case(number).problem for number in range(RUN * len(aligned_layers()))]
+    for name, scheme in (("triton-fp8-fused", "fp8_token"), ("triton-fp8-fused", "fp8_block"), ("triton-mxfp4", "mxfp4_w4a16")):
+        (candidate,) = load_candidates([name])
+        assert any(candidate.supports(problem) is None for problem in drawn if problem.scheme == scheme)
+    assert all(p.H % 16 == 0 and p.I % 16 == 0 and p.storage == "NK" for p in drawn)

@@ -162,12 +162,14 @@ def test_ratios_without_names_measures_what_is_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "ratios.json"
-    code = moeproof(monkeypatch, "ratios", "--scheme", "fp8_token", "--cases", "1", "--json", "--output", str(output))
-    row = json.loads(capsys.readouterr().out.splitlines()[0])
+    words = ("--scheme", "fp8_token", "--cases", "1", "--jobs", "1", "--json", "--output", str(output))
+    code = moeproof(monkeypatch, "ratios", *words)
+    standard, batched = (json.loads(line) for line in capsys.readouterr().out.splitlines()[:2])
 
     assert code == 0
-    assert row["outcomes"]["PASS"] >= 4
-    assert json.loads(output.read_text())["rows"] == [row]
+    assert standard["outcomes"] == {"PASS": 12} and batched["outcomes"] == {"PASS": 6}
+    assert set(standard["sums"]) >= {"eager", "triton-fp8", "triton-fp8-modular"}
+    assert json.loads(output.read_text())["rows"] == [standard, batched]
 
 
 def test_doctor_lists_versions_and_candidates(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

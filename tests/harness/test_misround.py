@@ -124,3 +124,17 @@ def test_wrong_stores_that_no_bound_sees_are_counted(
     (found,) = misrounded("y", kept, want, fmt)
     assert "are not the exact result's own rounding" in found.message
     assert misrounded("y", kept, replace(want, typical=None), fmt) == [], "the bound expects as many"
+
+
+def test_sums_that_cancel_to_zero_are_as_uncertain_as_the_oracle() -> None:
+    """Integers with scales: the sum is 0, and float64's is what decoding rounded, billions of steps of the stored dtype."""
+    g = torch.Generator().manual_seed(3)
+    x, w = (torch.randint(-127, 128, (n, 64), generator=g).double() for n in (48, 32))
+    x, w = torch.cat([x, x], dim=1), torch.cat([w, -w], dim=1)
+    scale = torch.rand(48, 1, generator=g).double()
+    a, b = Operand(x * scale, FORMATS["int8"]), Operand(w / 3, FORMATS["int8"])
+    value, error = product(a, b, BF16, Claims())
+    want = replace(stored(value, error, BF16), typical=lambda: typical.product(a, b, BF16, Claims()))
+
+    assert int((value != 0).sum()) > 100 and float(value.abs().max()) < 1e-8, "not the case this is about"
+    assert misrounded("y", torch.zeros_like(value), want, BF16) == []

@@ -18,7 +18,7 @@ import torch
 from moeproof.harness.cases.case import parse_case
 from moeproof.harness.cases.inputs import make_inputs
 from moeproof.harness.cases.quant_sample import QUANTISED, scheme_cases
-from moeproof.harness.faults.catalogue import CATALOGUE, scales
+from moeproof.harness.faults.catalogue import CATALOGUE, by_id, scales
 from moeproof.harness.faults.fault import Edit, plant
 from moeproof.harness.faults.pipeline import CLAIMS
 from moeproof.harness.faults.quant_pipeline import Coded, QuantPipeline
@@ -59,6 +59,34 @@ def test_a_public_class_is_caught_in_every_scheme(fault: Any, variant: str, sche
 
     assert finding is not None, "not caught"
     assert finding.stage in fault.blame, finding
+
+
+CLASSES = [*(f"P{n}" for n in (*range(11, 19), 24, 25, 41, 45, *range(56, 60)))]
+"""The classes that are about quantisation."""
+
+
+def test_every_class_is_caught_in_every_scheme_or_says_why_it_cannot_happen_there() -> None:
+    """Of each class and scheme: a planting that the committed campaign caught at the right stage, or one reason."""
+    caught = {(h["id"], h["scheme"]) for h in RESULTS["hunts"] if h["triggered"] and h["caught"] and h["right_stage"]}
+    missed = {(h["id"], h["scheme"]) for h in RESULTS["hunts"] if not (h["caught"] and h["right_stage"])}
+    for fault in map(by_id, CLASSES):
+        reasons = {scheme: why for why, schemes in fault.not_in.items() for scheme in schemes}
+        for scheme in QUANTISED:
+            assert ((fault.id, scheme) in caught) != (scheme in reasons), (fault.id, scheme, reasons.get(scheme))
+
+    assert not missed and [f.id for f in CATALOGUE if f.ground == "quant"] == CLASSES
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [(("nvfp4",), "nvfp4_w4a16 must be planted.*given 0 reasons"), (QUANTISED, "fp8_tensor must be.*both planted and not")],
+    ids=["forgotten", "both"],
+)
+def test_a_class_that_forgets_a_scheme_or_contradicts_itself_is_refused(weights: tuple[str, ...], words: str) -> None:
+    fault = by_id("P17")
+
+    with pytest.raises(ValueError, match=f"P17: scheme {words}"):
+        replace(fault, schemes=fault.schemes | {"weights": weights})
 
 
 @pytest.mark.parametrize("scheme", QUANTISED)
@@ -108,7 +136,23 @@ def _zero_point_ignored(right: Matrix, _: Any, inputs: Inputs, name: str, expert
     return replace(right, numbers=right.numbers + 1)
 
 
+def _zero_for_least(m: Matrix) -> Matrix:
+    """float32 built by shifting an e8m0 code into the exponent field: code 0 becomes 0, where it means 2^-127."""
+    assert m.scales is not None
+    return replace(m, scales=torch.where(m.scales == 2.0**-127, 0.0, m.scales))
+
+
+def _rows_shifted(right: Matrix, _: Any, name: str, *rest: Any) -> Matrix:
+    return _zero_for_least(right) if name == "gemm1" else right
+
+
+def _weights_shifted(right: Matrix, _: Any, inputs: Inputs, name: str, expert: int) -> Matrix:
+    return _zero_for_least(right) if name == "w2" else right
+
+
 MX = scales.in_x(scales.is_mx)
+LEAST = scales.schemes(lambda s: all(q is not None and scales.is_mx(q) for q in (s.w, s.a1 or s.w)))
+"""Schemes that the exact probe of the least scale is for."""
 FIELD = (
     Field("ties-away", Stage.QUANT1, MX, _ties(2.0**-20), "normal"),
     Field("ties-toward-zero", Stage.QUANT1, MX, _ties(-(2.0**-20)), "normal"),
@@ -138,6 +182,8 @@ FIELD = (
         {"load_weights": _block_from_grid},
         "groups,H=200",
     ),
+    Field("e8m0-zero-in-x", Stage.GEMM1, MX, {"load_rows": _rows_shifted}, "least"),
+    Field("e8m0-zero-in-w2", Stage.GEMM2, LEAST, {"load_weights": _weights_shifted}, "least"),
 )
 
 

@@ -80,6 +80,12 @@ def test_a_split_batch_has_another_scale_where_all_tokens_share_one() -> None:
     assert parse_case("T=8,H=64,I=64,E=3,K=2,scheme=fp8_tensor_static,relation=split").relation == "split"
 
 
+def test_relabelled_experts_move_between_ranks_that_have_one_scale_each() -> None:
+    with pytest.raises(ContractError, match="relation=relabel: scheme fp8_tensor has one scale for all that a rank computes"):
+        parse_case("T=8,H=64,I=64,E=4,K=2,scheme=fp8_tensor,ranks=2,relation=relabel")
+    assert parse_case("T=8,H=64,I=64,E=4,K=2,scheme=fp8_tensor,relation=relabel").ranks == 1
+
+
 def _installed(name: str) -> Candidate:
     return load_candidates([name])[0]
 
@@ -133,6 +139,16 @@ def test_another_case_in_between_must_not_show() -> None:
 
     healthy = judge(Candidate("right", right), parse_case(f"{LAYER},history=interleave,seed=3"), "cpu")
     assert healthy.outcome is Outcome.PASS, healthy
+
+
+def test_ids_that_only_the_case_in_between_has_may_be_refused_there() -> None:
+    """routing=beyond names ids that no expert has, by chance: with one token perhaps only for other seeds."""
+    line = "T=1,H=40,I=24,E=5,K=2,routing=beyond,history=interleave,seed={}"
+    seeds = [n for n in range(40) if int(make_inputs(parse_case(line.format(n))).topk_ids.max()) < 5]
+    other = [n for n in seeds if int(make_inputs(parse_case(line.format(n + 1))).topk_ids.max()) >= 5]
+
+    assert other, "some seed has no such id where the next one has"
+    assert judge(_installed("eager"), parse_case(line.format(other[0])), "cpu").outcome is Outcome.PASS
 
 
 @pytest.mark.parametrize("history", [h for h in HISTORIES if h not in ("none", "interleave")])

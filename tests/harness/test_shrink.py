@@ -83,6 +83,16 @@ def test_every_reduction_is_a_case_and_differs() -> None:
     assert all(simpler != case and parse_case(str(simpler)) == simpler for _, simpler in found)
 
 
+@pytest.mark.parametrize("values", ["groups", "pin"])
+def test_a_scheme_is_switched_off_where_the_fault_needs_none(values: str) -> None:
+    """With plain values where the recipe is about scales."""
+    case = parse_case(f"T=9,H=256,I=96,E=3,K=2,scheme=mxfp8,values={values},seed=41")
+    found = shrink(Candidate("zeros", lambda i: torch.zeros_like(i.hidden_states)), case, "cpu")
+
+    assert "scheme" in {axis for axis, _ in reductions(case)}
+    assert found.case.problem.scheme == "none" and found.tokens == 1
+
+
 @pytest.mark.parametrize("fault", SAMPLE, ids=lambda f: f.name)
 def test_a_planted_fault_comes_down_to_four_tokens(fault: test_faults.Fault) -> None:
     candidate = pipeline.candidate(fault.name, **fault.plant)

@@ -56,6 +56,23 @@ def test_a_rule_accepts_the_reference_and_rejects_the_negated_one(rule: object) 
     assert not rule.accept(-want, want, torch.bfloat16)  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize(
+    "name",
+    "vLLM SGLang FlashInfer DeepGEMM DeepEP Liger triton_kernels TransformerEngine torch.testing".split(),  # noqa: SIM905
+)
+def test_every_named_suite_has_a_rule_and_a_recipe_of_its_own(name: str) -> None:
+    """Side by side on our inputs, and on theirs; quantised where their suite is."""
+    rules, recipes = (
+        {r.name for r in RULES.values() if r.name.startswith(name)},
+        [s for s in SUITES if s.name.startswith(name)],
+    )
+    table = json.loads((Path(__file__).parents[2] / "docs" / "results" / "faults-cpu.json").read_text(encoding="utf-8"))
+
+    assert rules and recipes and all(s.rule in RULES for s in recipes)
+    assert rules <= {row["name"] for row in table["our_inputs"]}
+    assert {s.name for s in recipes} <= {row["name"] for row in table["their_recipes"]}
+
+
 def test_rules_have_the_blind_spots_that_were_measured() -> None:
     """docs/peers.md: a flat tolerance above the output accepts zeros, similarity accepts one bad token among many."""
     want = torch.randn(4096, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

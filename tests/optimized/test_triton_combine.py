@@ -10,7 +10,8 @@ from moeproof.optimized.align import batch_rows
 from moeproof.optimized.combine import combine
 from moeproof.optimized.dispatch import move_rows, weigh_input
 from moeproof.optimized.slots import Slots
-from moeproof.reference.contract import ContractError
+from moeproof.reference.contract import FORMATS, ContractError
+from moeproof.reference.oracle.rounding import round_to
 
 NAN = float("nan")
 
@@ -90,21 +91,20 @@ def test_batched_round_trip(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_weight_on_input_rounds_once(dtype: torch.dtype) -> None:
-    """Against the exact product rounded once, including products near the middle of two 16-bit neighbours."""
+def test_weight_on_input_is_a_float32_product_rounded_to_the_dtype(dtype: torch.dtype) -> None:
+    """As the contract has it and the oracle computes it, including products that float32 rounds onto a 16-bit midpoint."""
     x = normal(15, 64, 33, dtype=dtype)
     weights = normal(16, 64, 1)
-    # x = 1 + 2^-6 and w = 1 + 2^-9 + 2^-23: float32 rounds the product onto a bf16 midpoint.
-    x[0], weights[0] = 1 + 2.0**-6, 1 + 2.0**-9 + 2.0**-23
+    # bf16: 1.3e-8 above the middle of two neighbours, on which float32 puts it. From there it goes to even, downwards.
+    x[0], weights[0] = 1 + 2.0**-7, 1 + 227598 * 2.0**-23
     before = x.clone()
     got = weigh_input(x, weights)
-    exact = x.double() * weights.double()
-    grid = 2.0 ** (torch.floor(torch.log2(exact.abs())) - {torch.float32: 23, torch.float16: 10, torch.bfloat16: 7}[dtype])
-    want = torch.round(exact / grid) * grid
-    normal_range = exact.abs() > torch.finfo(dtype).tiny
 
     assert torch.equal(x, before)
-    assert torch.equal(got[normal_range].double(), want[normal_range])
+    assert torch.equal(got, (x.float() * weights).to(dtype))
+    if dtype == torch.bfloat16:
+        once = round_to(x[0].double() * weights[0].double(), FORMATS["bf16"])
+        assert not torch.equal(got[0].double(), once), "the case is not one that rounds twice"
 
 
 def test_refusals() -> None:

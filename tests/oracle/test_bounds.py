@@ -80,6 +80,20 @@ def test_float32_sums_of_any_order_stay_within_dot_error(K: int, data: str, fmt:
         assert float(ratio) <= 1, f"{name}: {float(ratio):.3g} of what is allowed"
 
 
+@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("K", [2, 64, 1024, 3072])
+def test_the_oracles_own_error_is_in_the_bound(K: int, data: str) -> None:
+    """float64 sums against exactly rounded ones: at most K 2^-53 S off, and every bound has that much to spare for it."""
+    x, w = operands(K, data, "bf16")
+    products = x * w  # exact: 16 bits of mantissa
+    S, exact = products.abs().sum(-1), torch.tensor([math.fsum(row) for row in products.tolist()], dtype=torch.float64)
+    own = K * 2.0**-53 * S
+    for oracle in (products.sum(-1), (x @ w.T).diagonal()):
+        assert bool(((oracle - exact).abs() <= own).all())
+    without = accumulator(K, FORMATS["bf16"], DEFAULT) * S + 6 * U32 * exact.abs()
+    assert bool((dot_error(S, exact, K, 0.0, FORMATS["bf16"], DEFAULT) >= without + own * (1 - 1e-6)).all())
+
+
 @pytest.mark.parametrize("fmt", ["fp32", "bf16"])
 @pytest.mark.parametrize("K", [256, 3072])
 def test_the_known_limit_of_a_statistical_bound(K: int, fmt: str) -> None:

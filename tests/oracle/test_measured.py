@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 
+from moeproof.harness.reports import accumulators
 from moeproof.reference.contract.tensor_cores import TENSOR_CORES
 
 ROOT = Path(__file__).parents[2]
@@ -62,6 +63,54 @@ def test_misround_rates_are_those_that_the_policy_expects() -> None:
     assert max(slow) == 1.0, "sums that stay in the tensor core are wrong everywhere: the count tells the two apart"
 
 
+def test_every_constant_and_count_in_use_holds_and_is_near() -> None:
+    """As recorded, and as worked out of the rows today; the page is that of the record."""
+    constants, counts = accumulators.constants(ROWS), accumulators.misroundings(ROWS)
+
+    assert accumulators.sound([*constants, *counts])
+    assert {c.accumulator for c in constants} == {"16-bit", "fp32", "tf32", "fp8_promoted", "fp8_unpromoted"}
+    assert json.loads(json.dumps(accumulators.as_record(ROWS))) == {k: RECORD[k] for k in ("constants", "misroundings")}
+    assert (ROOT / "docs/accumulators.md").read_text(encoding="utf-8") == accumulators.page(RECORD)
+    near = [c for c in constants if c.data == "one sign"]
+    assert all(c.verdict == "holds, within 5 times" for c in near)
+
+
+def _row(**changes: object) -> dict[str, object]:
+    row = next(r for r in ROWS if (r["operands"], r["product"], r["data"], r["K"]) == ("fp16", "triton", "one sign", 7168))
+    return row | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict"),
+    [
+        ({"observed_over_allowed": 1.01}, "BROKEN"),
+        ({"observed_over_allowed": 0.1}, "WIDE: 10 times"),
+        ({"observed_over_allowed": 0.1, "data": "gauss"}, "holds; other data is what sets it"),
+    ],
+)
+def test_a_constant_that_is_broken_or_a_guess_is_called_so(changes: dict[str, object], verdict: str) -> None:
+    (found,) = accumulators.constants([_row(**changes)])
+
+    assert found.verdict == verdict
+    assert accumulators.sound([found]) == verdict.startswith("holds")
+
+
+def test_a_count_that_is_broken_or_a_guess_is_called_so() -> None:
+    (broken,) = accumulators.misroundings([_row(misrounded_over_allowed=1.5)])
+    (guess,) = accumulators.misroundings([_row(misrounded_16bit=0.001, expected_misrounded_16bit=0.5)])
+
+    assert broken.verdict == "BROKEN" and guess.verdict.startswith("WIDE")
+
+
+def test_what_a_machine_cannot_do_is_no_verdict() -> None:
+    failed = {k: v for k, v in _row().items() if k in ("operands", "product", "claim", "data", "K")} | {
+        "error": "no such kernel"
+    }
+
+    assert accumulators.constants([failed]) == [] == accumulators.misroundings([failed])
+    assert "no such kernel" in accumulators.page({**RECORD, "rows": [failed]})
+
+
 @pytest.mark.parametrize("operands", list(PRODUCTS))
 @pytest.mark.parametrize("kind", ["gauss", "outlier", "one sign"])
 def test_no_element_is_allowed_less_than_was_measured(operands: str, kind: str) -> None:
@@ -73,6 +122,7 @@ def test_no_element_is_allowed_less_than_was_measured(operands: str, kind: str) 
         _, error, _ = script.expectation(operands, claim, a, w)
         scale = float((error / (a.double().abs() @ w.double().abs().T)).max())
         for row in (row for row in mine if row["claim"] == claim):
+            assert row["used_over_uS"] * row["unit"] == pytest.approx(scale, rel=1e-6), "the record is of another bound"
             # No element is allowed more than `scale` of its S.
             assert row["worst_over_uS"] * row["unit"] / scale <= row["observed_over_allowed"] * (1 + 1e-6)
 
@@ -92,6 +142,8 @@ def test_the_expected_share_of_misroundings_holds_the_measured_one_and_follows_i
             continue  # fp8 values multiplied in float32: hardly a product has a bit to lose
         exact, _, chances = script.expectation(operands, claim, a, w)
         expected = float(chances.mean())
+        for row in (row for row in mine if row["claim"] == claim):
+            assert row["expected_misrounded_16bit"] == pytest.approx(expected, rel=1e-3), "the record is of another expectation"
         most = max(row["misrounded_16bit"] for row in mine if row["claim"] == claim)
 
         assert most <= (expected / 1.2 if expected < 0.99 else 1), (claim, expected, most)

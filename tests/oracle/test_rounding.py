@@ -16,18 +16,25 @@ from moeproof.reference.oracle.rounding import exponent_of, lowest_bit, power_of
 from .scalar import rounded
 
 INF = math.inf
-CODES = {"bf16": (torch.int16, 0x7F80), "fp16": (torch.int16, 0x7C00), "fp32": (torch.int32, 0x7F800000)}
-"""The integer that holds a code, and the code of infinity: finite non-negative values are the codes below it, in order."""
+CODES = {
+    "bf16": (torch.int16, 0x7F80, 0),
+    "fp16": (torch.int16, 0x7C00, 0),
+    "fp32": (torch.int32, 0x7F800000, 0),
+    "tf32": (torch.int32, 0x7F800000 >> 13, 13),
+}
+"""The integer that holds a code, the code of infinity, and how many low bits of the integer are not used: finite non-negative
+values are the codes below it, in order."""
 SMALL = ("bf16", "fp16")
 
 
 def at(codes: torch.Tensor, fmt: Format) -> torch.Tensor:
     """float64 values of non-negative codes."""
-    return codes.to(CODES[fmt.name][0]).view(fmt.dtype).double()
+    dtype, _, unused = CODES[fmt.name]
+    return (codes << unused).to(dtype).view(fmt.dtype).double()
 
 
 def codes_of(fmt: Format) -> torch.Tensor:
-    """All finite non-negative codes of a 16-bit format; for fp32 the ends of every binade and a spread of others."""
+    """All finite non-negative codes; for fp32 the ends of every binade and a spread of others."""
     infinity = CODES[fmt.name][1]
     if fmt.name != "fp32":
         return torch.arange(infinity)

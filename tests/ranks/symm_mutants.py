@@ -93,8 +93,8 @@ MUTANTS = (
     Mutant(
         "a row in the next token's place",
         "dispatch",
-        "(region + token) * row_words, row_words",
-        "(region + (token + {n}) % most) * row_words, row_words",
+        "at = (region + token) * row_words",
+        "at = (region + (token + {n}) % most) * row_words",
         1,
         0,
         "DISPATCH",
@@ -102,8 +102,8 @@ MUTANTS = (
     Mutant(
         "ids in another rank's region",
         "dispatch",
-        "place = (region + token) * K + slot",
-        "place = ((region + {n} * most) % (RANKS * most) + token) * K + slot",
+        "place = (region + token)[:, None] * K + slot",
+        "place = ((region + {n} * most) % (RANKS * most) + token)[:, None] * K + slot",
         1,
         0,
         "DISPATCH",
@@ -130,8 +130,8 @@ MUTANTS = (
     Mutant(
         "a rank that is not needed gets the row",
         "dispatch",
-        "tl.where(here, expert, -1), mask=slot < K)",
-        "tl.where(here | (group >= 0) & ({n} == 1), expert, -1), mask=slot < K)",
+        "tl.where(here, expert, -1), mask=live)",
+        "tl.where(here | (group >= 0) & ({n} == 1), expert, -1), mask=live)",
         1,
         0,
         "DISPATCH",
@@ -139,8 +139,8 @@ MUTANTS = (
     Mutant(
         "sums under another rank's name",
         "combine",
-        "at_parts, tl.float32) + (me.to(tl.int64) * most + token) * H",
-        "at_parts, tl.float32) + ((me.to(tl.int64) + {n}) % RANKS * most + token) * H",
+        "mine = me.to(tl.int64) * most * H",
+        "mine = (me.to(tl.int64) + {n}) % RANKS * most * H",
         1,
         0,
         "COMBINE",

@@ -13,9 +13,12 @@ from typer.testing import CliRunner
 from moeproof.harness.cases.case import parse_case
 from moeproof.harness.cases.worlds import make_world_inputs
 from moeproof.harness.cli import app
-from moeproof.harness.ranks.bench import Options, Sizes, measure
+from moeproof.harness.ranks.bench import Options, Phase, Reading, Sizes, measure, read
 from moeproof.harness.ranks.bench_calls import own_rows
+from moeproof.harness.ranks.bench_clock import Laps, Samples
 from moeproof.harness.ranks.bench_load import Load, busiest, full_size
+from moeproof.harness.ranks.bench_report import lines
+from moeproof.harness.ranks.outcome import Ending, RankRun
 from moeproof.harness.ranks.tags import check_delivery, tag
 from moeproof.harness.registry import load_rank_pairs
 from moeproof.reference.contract import ContractError
@@ -109,6 +112,21 @@ def test_the_command_writes_what_it_prints(tmp_path: Path) -> None:
     assert written["readings"] == readings and len(readings) == 4
     assert (last["timed"], last["wrong"]) == (4, 0) and "say nothing about a GPU" in last["note"]
     assert {"command", "device", "versions", "date"} <= written.keys()
+
+
+def test_what_was_replayed_stands_beside_what_was_called() -> None:
+    """Every repeat counts its slowest rank; a line of the table and a part of the record of its own."""
+    called = [Laps((30.0, 10.0, 20.0), (5.0,) * 3, (60.0,) * 3), Laps((10.0, 40.0, 20.0), (6.0,) * 3, (50.0,) * 3)]
+    replayed = [Laps((3.0, 1.0, 2.0), (0.5,) * 3, (6.0,) * 3), Laps((1.0, 4.0, 2.0), (0.6,) * 3, (5.0,) * 3)]
+    run = RankRun(Ending.DONE, (), tuple(map(Samples, called, replayed)))
+    reading = read(Reading("a", "symm", 2, 3, "T=6"), run, 1000, 2000)
+
+    assert reading.dispatch == Phase(30.0, 20.0, 40.0, 1000 / 30e3)
+    assert reading.replayed is not None and reading.replayed.dispatch == Phase(3.0, 2.0, 4.0, 1000 / 3e3)
+    assert reading.replayed.both.us == 6.0 and reading.repeats == 3
+    _, plain, graph = lines([reading])
+    assert "30 (20-40)" in plain and graph.split()[0] == "replayed" and "3 (2-4)" in graph
+    assert reading.record()["replayed"]["combine"]["us"] == 0.6  # type: ignore[index]
 
 
 @pytest.mark.parametrize(

@@ -108,11 +108,27 @@ def test_codes_travel_with_their_scales(pools: dict[int, RankPool], name: str, e
 def test_two_micro_batches_give_the_bits_of_one_call(pools: dict[int, RankPool], ranks: int) -> None:
     extras = ("routing=minus1,spread=uneven,seed=7", "routing=dup,spread=uneven,seed=7")
     lines = [line_for("symm-standard", ranks, "values=normal", extra) for extra in extras]
-    runs = [pools[ranks].run(functions.calls, f"symm-standard{mark}", lines) for mark in ("", "-overlapped")]
+    names = ("symm-standard", "symm-standard-overlapped", "by copies")
+    runs = [pools[ranks].run(functions.calls, name, lines) for name in names]
 
     assert all(run.ok for run in runs), runs
-    for plain, halves in zip(*(run.results for run in runs), strict=True):
-        assert all(torch.equal(a["out"], b["out"]) for a, b in zip(plain, halves, strict=True))
+    for plain, *others in zip(*(run.results for run in runs), strict=True):
+        for halves in others:
+            assert all(torch.equal(a["out"], b["out"]) for a, b in zip(plain, halves, strict=True))
+
+
+def test_many_slots_take_the_places_of_few(pools: dict[int, RankPool]) -> None:
+    """Where every program would have to count too much, places are found before rows move."""
+    lines = [line_for("symm-batched", 2, extra) for extra in ("routing=uniform", "routing=dup,seed=9")]
+    runs = [pools[2].run(functions.calls, name, lines) for name in ("symm-batched", "many slots")]
+
+    assert all(run.ok for run in runs), runs
+    for few, many in zip(*(run.results for run in runs), strict=True):
+        for a, b in zip(few, many, strict=True):
+            live = [(e, int(n)) for e, n in enumerate(a["expert_num_tokens"])]
+            assert torch.equal(a["expert_num_tokens"], b["expert_num_tokens"])
+            assert all(torch.equal(a["rows"][e, :n], b["rows"][e, :n]) for e, n in live)
+            assert torch.equal(a["out"], b["out"])
 
 
 def test_rows_may_lie_anywhere(pools: dict[int, RankPool]) -> None:
@@ -129,12 +145,17 @@ def test_nothing_is_written_between_the_fields(pools: dict[int, RankPool], name:
     assert run.ok and run.results == (True, True), run
 
 
+def like(name: str) -> str:
+    """An installed pair of the same layout."""
+    return NAMES["batched" in name]
+
+
 REFUSALS = [
     (NAMES[0], "tokens"),
     (NAMES[1], "tokens"),
     (NAMES[0], "map"),
     (NAMES[0], "experts"),
-    *(("symm-standard-overlapped", fault) for fault in ("tokens", "map", "experts")),
+    *((name, fault) for name in ("symm-standard-overlapped", "by copies") for fault in ("tokens", "map", "experts")),
 ]
 OWN = {"tokens": "21 tokens on this rank, at most 7 are allowed", "map": "expert_map is", "experts": "out of registers"}
 
@@ -142,7 +163,7 @@ OWN = {"tokens": "21 tokens on this rank, at most 7 are allowed", "map": "expert
 @pytest.mark.parametrize(("name", "fault"), REFUSALS)
 def test_a_refusing_rank_releases_the_others(pools: dict[int, RankPool], name: str, fault: str) -> None:
     """Raised on that rank before any put; told to the others; the next call on the same instance is right."""
-    run = pools[3].run(functions.refused_then_well, name, line_for(name, 3, "spread=uneven"), fault)
+    run = pools[3].run(functions.refused_then_well, name, line_for(like(name), 3, "spread=uneven"), fault)
 
     assert run.ok, run
     own = run.results[functions.GUILTY][0][1]

@@ -24,4 +24,5 @@ def test_every_rank_compiles_what_it_launches(rank: int) -> None:
 
     assert {k["case"] for k in kernels} == {"bf16", "fp8", "every size 1", "eight ranks"}
     assert not [k for k in kernels if k["stack"] or k["registers"] > 128]
+    assert last["held launches are as found"]
     assert all(last["wide stores"][name] > 0 for name in ("_dispatch", "_put_sums", "_add_up"))

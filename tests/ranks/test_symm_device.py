@@ -24,9 +24,11 @@ def pool() -> Iterator[RankPool]:
         yield pool
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "symm-standard-overlapped", "by copies"])
 def test_a_graph_replays_with_changed_inputs(pool: RankPool, name: str) -> None:
-    lines = [line_for(name, 2, f"values=normal,routing={routing},seed={n}") for n, routing in enumerate(ROUTINGS)]
+    lines = [
+        line_for(NAMES["batched" in name], 2, f"values=normal,routing={routing},seed={n}") for n, routing in enumerate(ROUTINGS)
+    ]
     run = pool.run(functions.replayed, name, lines)
 
     assert run.ok, run

@@ -101,8 +101,9 @@ FAULTS = (
         MOVED,
         {
             "scales keep their order": ({"move_scales": scales.scales_stay}, scales.in_x(lambda q: q.by_token)),
-            "codes quantised again": ({"requantised": scales.codes_requantised}, scales.in_x(lambda q: not q.static)),
+            "codes quantised again": ({"requantised": scales.codes_requantised}, scales.in_x(lambda q: True)),
         },
+        scales.X_PLAIN,
         note="the standard layout shows no dispatched rows: GEMM1 is the first that goes wrong there",
     ),
     quant_fault(
@@ -112,6 +113,8 @@ FAULTS = (
         "R > 1 and a format whose kernel wants scales in a layout of its own",
         MOVED,
         {"": ({"lay_out": scales.layout_kept}, scales.in_x(scales.grouped))},
+        scales.X_PLAIN
+        | {"one scale to a row or to x: every layout of it is the same": scales.in_x(lambda q: not scales.grouped(q))},
         note="one rank of an expert-parallel world; the imagined kernel reads scales column by column",
     ),
     Fault(

@@ -135,6 +135,7 @@ FAULTS = (
                 scales.in_w(lambda q: q.group in ((1, 16), (1, 32), (1, 64))),
             ),
         },
+        {"one scale along a row of weights: every tile has it": scales.in_w(lambda q: not scales.grouped(q))},
     ),
     Fault(
         "P42",
@@ -167,6 +168,10 @@ FAULTS = (
         "K tail and a dirty neighbour",
         G1,
         {"": ({"product": scales.tail_scale_oob}, scales.in_w(lambda q: q.ragged and scales.grouped(q)))},
+        {
+            "one scale along a row of weights: a tail has it too": scales.in_w(lambda q: not scales.grouped(q)),
+            "groups are whole: no tail has a scale of its own": scales.in_w(lambda q: not q.ragged),
+        },
     ),
     Fault(
         "P46",

@@ -54,6 +54,7 @@ FAULTS = (
         (Stage.GEMM1,),
         {"": {"owners": _baked_grid}},
         ground="replay",
+        on_gpu=("ids",),
     ),
     Fault(
         "P93",
@@ -63,6 +64,7 @@ FAULTS = (
         (Stage.COMBINE, Stage.GEMM1, Stage.DISPATCH),
         {"": {"admit": _freed_temporary}},
         ground="replay",
+        on_gpu=("table read", "workspace written"),
         note="the weights enter where the problem applies them: at the end, or on the input",
     ),
     Fault(
@@ -73,6 +75,7 @@ FAULTS = (
         (Stage.COMBINE,),
         {"": {"sum_slots": _flag_still_set}},
         ground="replay",
+        on_gpu=("host reset",),
     ),
     Fault(
         "P95",

@@ -117,7 +117,7 @@ FAULTS = (
         "side stream",
         (Stage.COMBINE,),
         {"": {"stream": lambda right, _: "default"}},
-        note="the last kernel, on two simulated streams: the caller waits for its own and reads what nobody has written yet; "
-        "on a device see tests/cuda/test_wrong_stream.py",
+        on_gpu=("default stream",),
+        note="the last kernel, on two simulated streams: the caller waits for its own and reads what nobody has written yet",
     ),
 )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from moeproof.harness.faults.catalogue import scales as s
 from moeproof.harness.faults.fault import Edit, Fault
 from moeproof.reference.contract.stages import Stage
@@ -18,12 +16,13 @@ def quant_fault(
     trigger: str,
     blame: tuple[Stage | None, ...],
     variants: dict[str, tuple[Edit, tuple[str, ...]]],
+    not_in: dict[str, tuple[str, ...]],
     note: str = "",
 ) -> Fault:
-    """A row whose variants each name their schemes."""
+    """A row whose variants each name their schemes, and that says why the others have none."""
     edits = {variant: edit for variant, (edit, _) in variants.items()}
     names = {variant: schemes for variant, (_, schemes) in variants.items()}
-    return Fault(number, name, stands_for, trigger, blame, edits, "quant", schemes=names, note=note)
+    return Fault(number, name, stands_for, trigger, blame, edits, "quant", schemes=names, not_in=not_in, note=note)
 
 
 FAULTS = (
@@ -33,7 +32,12 @@ FAULTS = (
         "kernels-community#681, lmdeploy#3652",
         "an all-zero group or row",
         X,
-        {"": ({"quant1": s.zero_block_nan}, s.in_x(lambda q: q.rule == "amax" and q.by_token))},
+        {
+            "": ({"quant1": s.zero_block_nan}, s.in_x(lambda q: q.rule == "amax" and q.by_token)),
+            "groups of powers of two and of two levels": ({"quant1": s.zero_group_nan}, s.in_x(lambda q: q.rule != "amax")),
+        },
+        s.X_PLAIN
+        | {"one scale for x: only an x of zeros has an amax of 0, and then nothing can be judged": s.in_x(s.one_scale)},
     ),
     quant_fault(
         "P12",
@@ -43,8 +47,9 @@ FAULTS = (
         (*X, *G1),
         {
             "x": ({"quant1": s.scale_order}, s.in_x(s.grouped)),
-            "weights": ({"load_weights": s.weight_scale_order}, s.in_w(lambda q: s.grouped(q) and q.by_token)),
+            "weights": ({"load_weights": s.weight_scale_order}, s.in_w(s.grouped)),
         },
+        {"one scale to a row or to the tensor, of x and of weights: there is one order": s.schemes(s.ungrouped)},
     ),
     quant_fault(
         "P13",
@@ -61,6 +66,8 @@ FAULTS = (
             ),
             "d amax in few bits": ({"quant1": s.power_rule(s.amax_in_few_bits)}, s.in_x(s.is_mx)),
         },
+        s.X_PLAIN | {"the scales of x are no powers of two": s.in_x(lambda q: not s.is_mx(q))},
+        note="scales of weights are made when they are loaded, by the harness: no stage of a candidate quantises them",
     ),
     quant_fault(
         "P14",
@@ -69,6 +76,7 @@ FAULTS = (
         "rows of different magnitude",
         X,
         {"": ({"quant1": s.granularity_collapse}, s.in_x(lambda q: q.by_token))},
+        s.X_PLAIN | {"one scale for x already": s.in_x(s.one_scale)},
     ),
     quant_fault(
         "P15",
@@ -76,7 +84,11 @@ FAULTS = (
         "ROCm/TransformerEngine#485, sgl-kernel-npu#600",
         "any",
         X,
-        {"": ({"quant1": s.other_maximum}, s.in_x(lambda q: q.rule == "amax" and not q.static))},
+        {
+            "": ({"quant1": s.other_maximum}, s.in_x(lambda q: not q.static or q.two_level)),
+            "clamped to it": ({"quant1": s.clamped_early}, s.in_x(lambda q: q.static and not q.two_level)),
+        },
+        s.X_PLAIN,
     ),
     quant_fault(
         "P16",
@@ -85,6 +97,11 @@ FAULTS = (
         "slots of -1 and dirty memory",
         H,
         {"": ({"clear_dead": lambda right, _, h, live: h}, s.in_h(lambda q: not q.by_token and not q.static))},
+        {
+            "h is not quantised": s.schemes(lambda q: q.a2 is None),
+            "a scale of h serves one row, and padding rows are rows of their own": s.in_h(lambda q: q.by_token),
+            "the scale of h is given": s.in_h(lambda q: q.static and not q.by_token),
+        },
         note="planted in QUANT2, whose rows of dead slots nobody writes; all rows of x are written",
     ),
     quant_fault(
@@ -93,7 +110,11 @@ FAULTS = (
         "flashinfer#3548",
         "global scale != 1",
         G1,
-        {"": ({"load_rows": s.without_global}, s.in_x(lambda q: q.two_level))},
+        {
+            "": ({"load_rows": s.without_global}, s.in_x(lambda q: q.two_level)),
+            "weights": ({"load_weights": s.weights_without_global}, s.in_w(lambda q: q.two_level)),
+        },
+        {"scales have one level": s.in_w(lambda q: not q.two_level)},
         note="the codes are right; GEMM1, which divides them back, is not",
     ),
     quant_fault(
@@ -103,12 +124,18 @@ FAULTS = (
         "packed exponents read as numbers, or numbers as exponents",
         G1,
         {
-            "exponents as numbers": ({"load_rows": s.rows_scaled("gemm1", lambda t: torch.log2(t) + 127)}, s.in_x(s.is_mx)),
+            "exponents as numbers": ({"load_rows": s.rows_scaled("gemm1", s.exponents_as_numbers)}, s.in_x(s.is_mx)),
             "numbers as exponents": (
-                {"load_rows": s.rows_scaled("gemm1", lambda t: torch.exp2(torch.floor(torch.log2(t))))},
+                {"load_rows": s.rows_scaled("gemm1", s.numbers_as_exponents)},
                 s.in_x(lambda q: q.scale == "fp32"),
             ),
+            "weights, exponents as numbers": ({"load_weights": s.weights_scaled(s.exponents_as_numbers)}, s.in_w(s.is_mx)),
+            "weights, numbers as exponents": (
+                {"load_weights": s.weights_scaled(s.numbers_as_exponents)},
+                s.in_w(lambda q: not s.is_mx(q)),
+            ),
         },
+        {},
         note="the scales are right as they are stored; GEMM1 reads them as something else",
     ),
     quant_fault(
@@ -117,7 +144,8 @@ FAULTS = (
         "vllm#52868",
         "static scale far from amax",
         H,
-        {"": ({"quant2": s.dynamic}, s.in_h(lambda q: q.static and not q.two_level))},
+        {"": ({"quant2": s.dynamic}, s.in_h(lambda q: q.static))},
+        s.H_PLAIN | {"the scale of h is dynamic": s.in_h(lambda q: not q.static)},
     ),
     quant_fault(
         "P57",
@@ -126,6 +154,7 @@ FAULTS = (
         "rows of zeros",
         H,
         {"": ({"quant2": s.zero_rows_nan}, s.in_h(lambda q: q.by_token))},
+        s.H_PLAIN | {"one scale for h: a padded row has no amax of its own": s.in_h(s.one_scale)},
     ),
     quant_fault(
         "P58",
@@ -134,6 +163,7 @@ FAULTS = (
         "rows of different magnitude",
         G2,
         {"": ({"load_rows": s.rows_scaled("gemm2", lambda t: t.roll(1, 0))}, s.in_h(lambda q: q.by_token))},
+        s.H_PLAIN | {"one scale for h: no row has its own": s.in_h(s.one_scale)},
         note="the scales are stored right and read one row off: GEMM2 is the stage that is wrong",
     ),
     quant_fault(
@@ -142,6 +172,12 @@ FAULTS = (
         "aiter#3741",
         f"fewer than {s.FEW_ROWS} rows",
         H,
-        {"": ({"quant2": s.by_tensor_if_small}, s.in_h(lambda q: q.by_token and q.rule == "amax"))},
+        {
+            "": ({"quant2": s.by_tensor_if_small}, s.in_h(lambda q: q.by_token and q.rule == "amax")),
+            "the other rule of powers of two": ({"quant2": s.other_rule_if_small}, s.in_h(s.is_mx)),
+            "a dynamic global scale": ({"quant2": s.dynamic_if_small}, s.in_h(lambda q: q.two_level)),
+            "codes by token": ({"quant2": s.by_token_if_small}, s.in_h(s.one_scale)),
+        },
+        s.H_PLAIN,
     ),
 )

@@ -44,6 +44,20 @@ def is_mx(q: Quantiser) -> bool:
     return q.scale == "e8m0"
 
 
+def one_scale(q: Quantiser) -> bool:
+    """For the whole tensor."""
+    return not q.by_token
+
+
+def ungrouped(s: QuantScheme) -> bool:
+    """No operand has several scales along a row."""
+    return not any(q is not None and grouped(q) for q in (s.a1, s.w))
+
+
+X_PLAIN = {"x is not quantised": schemes(lambda s: s.a1 is None)}
+H_PLAIN = {"h is not quantised": schemes(lambda s: s.a2 is None)}
+
+
 def transposed(s: Tensor) -> Tensor:
     """The other majorness under the same shape."""
     return s.T.reshape(s.shape)
@@ -52,6 +66,14 @@ def transposed(s: Tensor) -> Tensor:
 def zero_block_nan(right: Coded, _: Any, x: Tensor, q: Quantiser, given: Given) -> Coded:
     """No floor below amax, and a quotient by the scale itself: 0 / 0."""
     return Coded(*quantise(x, replace(q, floor=0.0, quotient="divide"), x.dtype, given))
+
+
+def zero_group_nan(right: Coded, _: Any, x: Tensor, q: Quantiser, given: Given) -> Coded:
+    """The exponent of 0, or 0 / 0: no least scale for a group of zeros."""
+    assert right.scales is not None
+    zero = (x == 0).unflatten(1, (-1, q.group[1])).all(dim=2)
+    nan = torch.full(right.scales.shape, 0xFF if is_mx(q) else 0x7F, dtype=torch.uint8)
+    return replace(right, scales=torch.where(zero, nan, right.scales.view(torch.uint8)).view(right.scales.dtype))
 
 
 def scale_order(right: Coded, _: Any, x: Tensor, q: Quantiser, given: Given) -> Coded:
@@ -105,13 +127,28 @@ def granularity_collapse(right: Coded, _: Any, x: Tensor, q: Quantiser, given: G
 
 
 def other_maximum(right: Coded, _: Any, x: Tensor, q: Quantiser, given: Given) -> Coded:
-    """448 where the format ends at 240, 127 where it has 128."""
-    assert right.scales is not None
-    return replace(right, scales=right.scales * (q.format.max / (128.0 if q.format.integer else 240.0)))
+    """448 where the format ends at 240, 127 where it has 128, 6 where it has 4; one exponent off under powers of two."""
+    s = right.scales
+    assert s is not None
+    if is_mx(q):
+        return replace(right, scales=s + 1)
+    if q.two_level:
+        return replace(right, scales=(s.float() * (q.format.max / 4.0)).clamp(max=448.0).to(s.dtype))
+    return replace(right, scales=s * (q.format.max / (128.0 if q.format.integer else 240.0)))
+
+
+def clamped_early(right: Coded, _: Any, x: Tensor, q: Quantiser, given: Given) -> Coded:
+    """The scale is given; what is clamped ends at 240."""
+    return replace(right, codes=encode(decode(right.codes, q.format).clamp(-240.0, 240.0), q.format))
 
 
 def dynamic(right: Coded, _: Any, x: Tensor, q: Quantiser, given: Given) -> Coded:
-    return Coded(*quantise(x, replace(q, static=False), x.dtype, None))
+    """A scale, or a global scale, of the values' own."""
+    if not q.two_level:
+        return Coded(*quantise(x, replace(q, static=False), x.dtype, None))
+    full, amax = 448.0 * q.format.max, x.float().abs().amax().clamp(min=1e-10)
+    own = amax / full if q.rule == "two_level_decode" else full / amax
+    return Coded(*quantise(x, q, x.dtype, own.view(1, 1)))
 
 
 def zero_rows_nan(right: Coded, _: Any, h: Tensor, q: Quantiser, given: Given) -> Coded:
@@ -136,6 +173,22 @@ def by_tensor_if_small(right: Coded, _: Any, h: Tensor, q: Quantiser, given: Giv
     return Coded(codes, scale.expand(q.scale_shape(*h.shape)).contiguous())
 
 
+def other_rule_if_small(right: Coded, _: Any, h: Tensor, q: Quantiser, given: Given) -> Coded:
+    other = {"ocp_floor": "round_up", "round_up": "ocp_floor"}[q.rule]
+    return right if h.shape[0] >= FEW_ROWS else Coded(*quantise(h, replace(q, rule=other), h.dtype, given))
+
+
+def dynamic_if_small(right: Coded, pipeline: Any, h: Tensor, q: Quantiser, given: Given) -> Coded:
+    return right if h.shape[0] >= FEW_ROWS or not h.numel() else dynamic(right, pipeline, h, q, given)
+
+
+def by_token_if_small(right: Coded, _: Any, h: Tensor, q: Quantiser, given: Given) -> Coded:
+    """Codes under a scale for each row beside the one scale that the kernel multiplies by."""
+    if h.shape[0] >= FEW_ROWS:
+        return right
+    return replace(right, codes=quantise(h, replace(q, group=(1, 0), static=False), h.dtype, None)[0])
+
+
 def scales_stay(right: Tensor, _: Any, x: Coded, tokens: Tensor, inputs: Any) -> Tensor:
     """Rows in their new order, scales in the order in which they left."""
     assert x.scales is not None
@@ -151,6 +204,16 @@ def codes_requantised(right: Coded, _: Any, moved: Coded, inputs: Any) -> Coded:
 def layout_kept(right: Tensor, _: Any, scales: Tensor, inputs: Any) -> Tensor:
     """After an exchange nobody brings the scales into the kernel's layout; the path of a single rank does."""
     return scales.flatten() if inputs.problem.ep > 1 else right
+
+
+def exponents_as_numbers(t: Tensor) -> Tensor:
+    """The stored byte for the scale that it stands for."""
+    return torch.log2(t) + 127
+
+
+def numbers_as_exponents(t: Tensor) -> Tensor:
+    """The exponent field alone."""
+    return torch.exp2(torch.floor(torch.log2(t)))
 
 
 def rows_scaled(name: str, change: Callable[[Tensor], Tensor]) -> Callable[..., Matrix]:
@@ -169,7 +232,29 @@ def without_global(right: Matrix, _: Any, name: str, rows: Coded, q: Any, given:
 
 
 def weight_scale_order(right: Matrix, _: Any, inputs: Any, name: str, expert: int) -> Matrix:
-    return right if name != "w1" or right.scales is None else replace(right, scales=transposed(right.scales))
+    """The other majorness of the stored grid: of blocks, one row of it serves many rows of weights."""
+    if name != "w1" or right.scales is None:
+        return right
+    rows, each = right.scales.shape[0], max(inputs.problem.quant.w.group[0], 1)
+    return replace(right, scales=transposed(right.scales[::each]).repeat_interleave(each, dim=0)[:rows])
+
+
+def weights_scaled(change: Callable[[Tensor], Tensor]) -> Callable[..., Matrix]:
+    """w1 with other scales."""
+
+    def wrong(right: Matrix, _: Any, inputs: Any, name: str, expert: int) -> Matrix:
+        return right if name != "w1" or right.scales is None else replace(right, scales=change(right.scales))
+
+    return wrong
+
+
+def weights_without_global(right: Matrix, _: Any, inputs: Any, name: str, expert: int) -> Matrix:
+    if name != "w1" or right.scales is None:
+        return right
+    level = inputs.w1_global[expert]
+    return replace(
+        right, scales=right.scales / level if inputs.problem.quant.w.rule == "two_level_decode" else right.scales * level
+    )
 
 
 def window(step: int) -> Callable[..., Tensor]:
