@@ -18,6 +18,7 @@ from moeproof.optimized.slots import Slots, clear_dead
 from moeproof.optimized.sort_rows import sort_rows
 from moeproof.optimized.tiles import Tile
 from moeproof.optimized.vector import Strip, vector_down, vector_gate_up_act
+from moeproof.reference.contract.activations import Activation
 from moeproof.reference.contract.inputs import Inputs
 from moeproof.reference.contract.problem import Problem
 
@@ -60,15 +61,17 @@ def run_plan(inputs: Inputs, plan: Plan) -> dict[str, Tensor]:
 
 def _loadable(plan: Plan, inputs: Inputs) -> Plan:
     """The plan as it can run: without roles where a kernel has none, with pointers where no descriptor can name weights."""
-    first = without_roles(plan.first, specialised_gemm.unable(inputs.w1, None, inputs.problem.act, inputs.b1), 64)
-    second = without_roles(plan.second, specialised_gemm.unable(inputs.w2, None, None, inputs.b2), 64)
+    first = with_roles(plan.first, inputs.w1, None, inputs.problem.act, inputs.b1)
+    second = with_roles(plan.second, inputs.w2, None, None, inputs.b2)
     return Plan(_tile(first, inputs.w1), _tile(second, inputs.w2), plan.overlap)
 
 
-def without_roles(tile: Tile | Strip, unable: str, step: int) -> Tile | Strip:
-    """The same sums in the same order by warps that all do the same, where `unable` names a reason."""
-    if isinstance(tile, Tile) and tile.roles and unable:
-        return Tile(tile.block_m, 128, step, tile.group_m, 8, 4, True, 1, fast=tile.fast)
+def with_roles(
+    tile: Tile | Strip, w: Tensor, w_scale: Tensor | None, act: Activation | None, bias: Tensor | None
+) -> Tile | Strip:
+    """The tile, or where its warps cannot have roles the same sums in the same order by warps that all do the same."""
+    if isinstance(tile, Tile) and tile.roles and specialised_gemm.unable(w, w_scale, act, bias):
+        return Tile(tile.block_m, 128, tile.block_k, tile.group_m, 8, 4, True, 1, fast=tile.fast)
     return tile
 
 

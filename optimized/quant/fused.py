@@ -11,7 +11,7 @@ import torch
 
 from moeproof.optimized import plans, specialised_gemm
 from moeproof.optimized.align import Alignment, align
-from moeproof.optimized.fused import _combine, without_roles
+from moeproof.optimized.fused import _combine, with_roles
 from moeproof.optimized.fused_gemm import describable
 from moeproof.optimized.layer import routing
 from moeproof.optimized.plans import Plan, Point
@@ -81,8 +81,8 @@ def run_plan(inputs: Inputs, plan: Plan) -> dict[str, Tensor]:
 
 def _loadable(plan: Plan, inputs: Inputs) -> Plan:
     """The plan as it can run: without roles where a kernel has none, with pointers where no descriptor can name weights."""
-    first = without_roles(plan.first, specialised_gemm.unable(inputs.w1, inputs.w1_scale, inputs.problem.act, inputs.b1), 128)
-    second = without_roles(plan.second, specialised_gemm.unable(inputs.w2, inputs.w2_scale, None, inputs.b2), 128)
+    first = with_roles(plan.first, inputs.w1, inputs.w1_scale, inputs.problem.act, inputs.b1)
+    second = with_roles(plan.second, inputs.w2, inputs.w2_scale, None, inputs.b2)
     return Plan(_tile(first, inputs.w1), _tile(second, inputs.w2), plan.overlap)
 
 
