@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from moeproof.optimized.symm.cuts import Cuts, beside
+from moeproof.optimized.symm.cuts import Cuts, beside_experts
 from moeproof.optimized.symm.layout import Payload
 from moeproof.optimized.symm.prepare_finalize import UNQUANTISED, SymmStandardPrepareFinalize
 from moeproof.reference.contract.errors import ContractError
@@ -24,8 +24,6 @@ from moeproof.reference.contract.overlap import IN_FLIGHT, Batch, FusedMoEOverla
 from moeproof.reference.contract.schemes import QuantScheme
 
 Tensor = torch.Tensor
-CUTS = beside(1 / 8)
-"""One multiprocessor in eight exchanges; a product of matrices fills those that it gets, and shares none."""
 
 
 @dataclass
@@ -54,8 +52,9 @@ class SymmOverlappedPrepareFinalize(FusedMoEOverlappedPrepareAndFinalize):
         max_num_tokens: int,
         payload: Payload,
         scheme: QuantScheme = UNQUANTISED,
-        cuts: Cuts = CUTS,
+        cuts: Cuts | None = None,
     ) -> None:
+        cuts = cuts or beside_experts(grid.ranks, payload.slots)
         half = (max_num_tokens + 1) // 2
         self._halves = [
             SymmStandardPrepareFinalize(link, grid, half, payload, scheme, cuts=cuts, half=n) for n in range(IN_FLIGHT)
