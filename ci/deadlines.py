@@ -29,6 +29,14 @@ def lost(why: str) -> Row:
     return {"lost": why}
 
 
+NOT_BEGUN, CUT_SHORT = lost("not begun: the time was up"), lost("ended: the time was up")
+
+
+def left(row: Row) -> bool:
+    """Is nothing known of this job but that the time for all was up?"""
+    return row in (NOT_BEGUN, CUT_SHORT)
+
+
 def run(
     jobs: Sequence[Job],
     workers: int,
@@ -45,7 +53,7 @@ def run(
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
     for index in range(len(jobs)):
         waiting.put(index)
-    answers = [lost("not begun: the time was up") for _ in jobs]
+    answers = [dict(NOT_BEGUN) for _ in jobs]
 
     def work() -> None:
         process = _Process()
@@ -90,6 +98,9 @@ class _Process:
                 if not sound:
                     self.end()
                 return row
+            if seconds < each:
+                self.end()
+                return dict(CUT_SHORT)
             why = f"no answer within {seconds:.0f} s"
         except (EOFError, OSError):
             why = "its process died"

@@ -110,7 +110,7 @@ def _verify(work: Sequence[tuple[str, str, str]]) -> list[tuple[str, Verdict]]:
 def cases(text: str, scheme: str) -> list[str]:
     """Case lines of a plan."""
     if not scheme:
-        return list(STRIP_CASES if text.startswith("v") else TILE_CASES)
+        return [*(STRIP_CASES if text.startswith("v") else TILE_CASES), *(ROLES_CASES if "roles" in text else ())]
     own = QUANT_STRIP_CASES if text.startswith("v") else QUANT_TILE_CASES
     own += ROLES_CASES if "roles" in text else ()
     return [f"{line},scheme={scheme.removesuffix('-fast')}" for line in own]

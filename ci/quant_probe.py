@@ -24,14 +24,16 @@ import torch
 
 from moeproof.harness.reports import results
 from moeproof.harness.timing.points import SIZES
+from moeproof.optimized import specialised_gemm
 from moeproof.optimized.align import Alignment, align
 from moeproof.optimized.combine import combine
-from moeproof.optimized.quant import fused_gemm, packed_gemm, specialised_gemm
+from moeproof.optimized.quant import fused_gemm, packed_gemm
 from moeproof.optimized.quant.fused_gemm import down, gate_up_act, requantises
-from moeproof.optimized.quant.rows import code_rows, quantise_rows, sort_rows
+from moeproof.optimized.quant.rows import code_rows, quantise_rows
 from moeproof.optimized.quant.search import SHORT, strips, tiles
 from moeproof.optimized.quant.vector import vector_down, vector_gate_up_act
 from moeproof.optimized.slots import Slots
+from moeproof.optimized.sort_rows import sort_rows
 from moeproof.optimized.tiles import Tile
 from moeproof.optimized.vector import Strip
 from moeproof.reference.contract import SCHEMES, Activation
@@ -149,7 +151,7 @@ class Point:
             codes, scale = self.x
             assert scale is not None
             x = sort_rows(codes, a, self.K), scale
-            specialised_gemm.gate_up_act(x, self.w.w1, h, a, tile, self.K, SILU, BF16)
+            specialised_gemm.gate_up_act(x, self.w.w1, h, a, tile, self.K, self.M * self.K, SILU, BF16)
         else:
             gate_up_act(self.x, self.w.w1, h, a, tile, self.K, SILU, BF16, None, short)  # type: ignore[arg-type]
         return h[0]
@@ -406,8 +408,10 @@ def main() -> None:
     parser.add_argument("--model", action="append", default=[])
     parser.add_argument("--only", default="", help="only tiles with this word")
     parser.add_argument("--without", default="", help="leave out tiles with this word")
+    parser.add_argument("--tokens", type=int, action="append", default=[])
     parser.add_argument("--tiles-only", action="store_true", help="without the strips of one token")
-    parser.add_argument("--jobs", type=int, default=30)
+    parser.add_argument("--jobs", type=int, default=30, help="processes that compile first; 0: all is compiled already")
+    parser.add_argument("--compile-only", action="store_true")
     parser.add_argument("--seconds", type=float, default=140.0)
     options = parser.parse_args()
     start = time.monotonic()
@@ -426,12 +430,15 @@ def main() -> None:
     tasks += [(m, s, "layer", f"{t}{o}") for m, s in stripped for t in strips() for o in ("", " overlap")]
     tasks += [(m, s, "rest", str(M)) for m, s in plan for M in (16, 64, 256, 1024, 4096, 16384)]
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
-        for failed in pool.map(compile_some, [tasks[i :: options.jobs] for i in range(options.jobs)]):
-            for line in failed:
-                print("cannot run", line, flush=True)
-                bad.add(line.split(":")[0])
-    print(f"{len(tasks)} kernels compiled, {time.monotonic() - start:.0f} s", flush=True)
+    if options.jobs:
+        with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
+            for failed in pool.map(compile_some, [tasks[i :: options.jobs] for i in range(options.jobs)]):
+                for line in failed:
+                    print("cannot run", line, flush=True)
+                    bad.add(line.split(":")[0])
+        print(f"{len(tasks)} kernels compiled, {time.monotonic() - start:.0f} s", flush=True)
+    if options.compile_only:
+        return
     found: list[dict[str, object]] = []
     for place, (model, scheme) in enumerate(plan):
         end = start + options.seconds
@@ -442,6 +449,8 @@ def main() -> None:
         if (model, scheme) in stripped:
             try_strips(model, scheme, w, found)
         for M in MANY.get(model, (64, 16, 256, 1024) if scheme == MXFP4 else (4096, 1024, 256, 16384, 64, 16)):
+            if options.tokens and M not in options.tokens:
+                continue
             point = Point(model, scheme, M, w)
             for product in ("first", "second"):
                 try_tiles(point, product, bad, found, deadline)

@@ -102,7 +102,7 @@ def main() -> None:
     options = parser.parse_args()
     gbs = bench_timer.ceilings().gbs
     rows = []
-    for T in (1, 16, 64, 256, 512, 1024):
+    for T in (1024, 512, 256, 64, 16, 1):
         rows.append(at(T, gbs))
         print(rows[-1], flush=True)
     if options.output:

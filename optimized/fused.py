@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import torch
 
-from moeproof.optimized import plans
-from moeproof.optimized.align import align
+from moeproof.optimized import plans, specialised_gemm
+from moeproof.optimized.align import Alignment, align
 from moeproof.optimized.combine import combine
 from moeproof.optimized.dispatch import weigh_input
 from moeproof.optimized.fused_gemm import describable, down, gate_up_act
 from moeproof.optimized.layer import routing, shared_expert
 from moeproof.optimized.plans import Plan, Point
 from moeproof.optimized.slots import Slots, clear_dead
+from moeproof.optimized.sort_rows import sort_rows
 from moeproof.optimized.tiles import Tile
 from moeproof.optimized.vector import Strip, vector_down, vector_gate_up_act
+from moeproof.reference.contract.activations import Activation
 from moeproof.reference.contract.inputs import Inputs
 from moeproof.reference.contract.problem import Problem
 
@@ -58,8 +60,19 @@ def run_plan(inputs: Inputs, plan: Plan) -> dict[str, Tensor]:
 
 
 def _loadable(plan: Plan, inputs: Inputs) -> Plan:
-    """The plan, with pointers where the weights lie so that no descriptor can name them."""
-    return Plan(_tile(plan.first, inputs.w1), _tile(plan.second, inputs.w2), plan.overlap)
+    """The plan as it can run: without roles where a kernel has none, with pointers where no descriptor can name weights."""
+    first = with_roles(plan.first, inputs.w1, None, inputs.problem.act, inputs.b1)
+    second = with_roles(plan.second, inputs.w2, None, None, inputs.b2)
+    return Plan(_tile(first, inputs.w1), _tile(second, inputs.w2), plan.overlap)
+
+
+def with_roles(
+    tile: Tile | Strip, w: Tensor, w_scale: Tensor | None, act: Activation | None, bias: Tensor | None
+) -> Tile | Strip:
+    """The tile, or where its warps cannot have roles the same sums in the same order by warps that all do the same."""
+    if isinstance(tile, Tile) and tile.roles and specialised_gemm.unable(w, w_scale, act, bias):
+        return Tile(tile.block_m, 128, tile.block_k, tile.group_m, 8, 4, True, 1, fast=tile.fast)
+    return tile
 
 
 def _tile(tile: Tile | Strip, w: Tensor) -> Tile:
@@ -90,17 +103,31 @@ def _by_tiles(inputs: Inputs, plan: Plan, slots: Slots, rows: Tensor, out: Tenso
     if not p.T:
         return shown
     h = torch.empty(alignment.sorted_slots.numel(), p.I, dtype=rows.dtype, device=rows.device)
-    gate_up_act(rows, inputs.w1, h, alignment, first, slots.K, p.act, inputs.b1, plan.overlap)
+    if first.roles:
+        ordered = sort_rows(rows, alignment, slots.K)
+        sizes = slots.K, slots.count
+        specialised_gemm.gate_up_act((ordered, None), (inputs.w1, None), (h, None), alignment, first, *sizes, p.act, h.dtype)
+    else:
+        gate_up_act(rows, inputs.w1, h, alignment, first, slots.K, p.act, inputs.b1, plan.overlap)
     if direct and p.scale_on_sum == 1.0 and not p.inplace:
         # Before GEMM2: in the shadow of a tail, and never between two kernels that overlap.
         weights = None if p.weight_on_input else inputs.topk_weights[:, 0]
         clear_dead(out, slots)
-        down(h, inputs.w2, out, alignment, second, inputs.b2, weights)
+        _second(h, inputs, out, alignment, second, weights, False)
         return shown
     y = torch.empty(p.T, p.slots, p.H, dtype=rows.dtype, device=rows.device)
-    down(h, inputs.w2, y.flatten(0, 1), alignment, second, inputs.b2, None, plan.overlap)
+    _second(h, inputs, y.flatten(0, 1), alignment, second, None, plan.overlap)
     _combine(inputs, slots, y, out, plan.overlap)
     return shown | {"y": y}
+
+
+def _second(
+    h: Tensor, inputs: Inputs, out_SH: Tensor, alignment: Alignment, tile: Tile, weights: Tensor | None, overlap: bool
+) -> None:
+    if tile.roles:
+        specialised_gemm.down((h, None), (inputs.w2, None), out_SH, alignment, tile, weights)
+    else:
+        down(h, inputs.w2, out_SH, alignment, tile, inputs.b2, weights, overlap)
 
 
 def _combine(inputs: Inputs, slots: Slots, y: Tensor, out: Tensor, overlap: bool) -> None:

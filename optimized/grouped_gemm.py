@@ -9,6 +9,8 @@ rows beyond the expert's count are neither read nor written.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -183,6 +185,9 @@ def batched_gemm(
     if C == 0:
         return
     tile = gemm_tile(rows_per_block(C if mean_rows is None else mean_rows, 1), N, K, a_eCK.dtype)
+    if K % 16:
+        # Pointers of each element, kept over all of a program's blocks.
+        tile = replace(tile, block_n=min(tile.block_n, 64))
     num_n = triton.cdiv(N, tile.block_n)
     # Few experts and columns: several programs share the row blocks of each.
     turns = min(triton.cdiv(C, tile.block_m), triton.cdiv(FULL_WAVES * processors(a_eCK.device), e * num_n))

@@ -35,6 +35,8 @@ TILES = tuple(
             "128x128x64-g8-w4-s3-tma-p2",
             "128x128x64-g8-w8-s4-tma-p1",
         ),
+        # Copies and products in warps of their own.
+        "128x256x64-g8-w4-s4-tma-p1-roles",
         *("128x256x64-g8-w8-s3-tma", "128x256x64-g8-w8-s3-tma-p1", "128x256x64-g8-w8-s4-tma-p1", "128x128x128-g8-w8-s3-tma-p1"),
         *("128x256x64-g8-w8-s3-tma-p1-flat", "128x128x64-g8-w4-s3-tma-p2-flat", "128x128x64-g8-w8-s4-tma-p1-flat"),
         *("128x256x64-g8-w8-s3-tma-p1-bulk", "128x256x64-g8-w8-s4-tma-p1-bulk", "128x128x64-g8-w4-s3-tma-p2-bulk"),

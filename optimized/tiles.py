@@ -36,24 +36,28 @@ class Tile:
     fast: bool = False
     """Sums of fp8 products stay in the tensor core, 13 fraction bits, from end to end: a weaker accumulator, to be claimed."""
     roles: bool = False
-    """Warps have roles (Hopper, fp8): one copies tiles, two groups of four multiply, each at its own pace."""
+    """Warps have roles (Hopper): one copies tiles, two groups of four multiply, each at its own pace."""
+    apart: bool = False
+    """Each step's sum is taken apart: its products go in one batch that is waited for, instead of one by one under the next
+    step's decoding. Fewer instructions, less overlap (four-bit weights on the left)."""
 
     def __str__(self) -> str:
         """`128x256x64-g8-w8-s3-tma-p1`; `parse` reads it back."""
         words = [f"{self.block_m}x{self.block_n}x{self.block_k}", f"g{self.group_m}", f"w{self.warps}", f"s{self.stages}"]
         flags: tuple[tuple[str, object], ...] = (("tma", self.tma), (f"p{self.per_sm}", self.per_sm), ("flat", self.flat))
         flags += (("bulk", self.bulk), ("swap", self.swap), ("fast", self.fast), ("roles", self.roles))
+        flags += (("apart", self.apart),)
         words += [word for word, has in flags if has]
         return "-".join(words)
 
     @classmethod
     def parse(cls, text: str) -> Tile:
-        flags_of = r"(-tma)?(?:-p(\d+))?(-flat)?(-bulk)?(-swap)?(-fast)?(-roles)?"
+        flags_of = r"(-tma)?(?:-p(\d+))?(-flat)?(-bulk)?(-swap)?(-fast)?(-roles)?(-apart)?"
         found = re.fullmatch(rf"(\d+)x(\d+)x(\d+)-g(\d+)-w(\d+)-s(\d+){flags_of}", text)
         check(found is not None, f"'{text}' is no tile; tiles look like {cls(128, 256, 64, 8, 8, 3, True, 1)}")
         assert found is not None
-        *sizes, tma, per_sm, flat, bulk, swap, fast, roles = found.groups()
-        flags = {"tma": tma, "flat": flat, "bulk": bulk, "swap": swap, "fast": fast, "roles": roles}
+        *sizes, tma, per_sm, flat, bulk, swap, fast, roles, apart = found.groups()
+        flags = {"tma": tma, "flat": flat, "bulk": bulk, "swap": swap, "fast": fast, "roles": roles, "apart": apart}
         return cls(*(int(n) for n in sizes), per_sm=int(per_sm or 0), **{name: bool(has) for name, has in flags.items()})
 
     @property

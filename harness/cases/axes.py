@@ -103,7 +103,7 @@ OTHERWISE: Axes = {
     "K": (2, 1),
     "router": ("softmax", "sqrtsoftplus:table:renorm=eps/1e-20", "softmax:bias:zero_experts=4:scale=6"),
     "act": ("silu", "silu:limit=1", "gelu"),
-    "scheme": ("none", "fp8_token"),
+    "scheme": ("none", "fp8_token", "mxfp8"),
     "routing": ("uniform", "dup"),
     "ranks": ("1", "2 even"),
 }
@@ -180,7 +180,10 @@ def _exists(chosen: tuple[tuple[str, object], ...]) -> bool:
 
 @functools.lru_cache(maxsize=1)
 def covering() -> tuple[Case, ...]:
-    """The stored cases: first those that one rank without a GPU can run, then those of several ranks, streams and graphs."""
+    """The stored cases: first those that one rank without a GPU can run, then those of several ranks, streams and graphs.
+
+    Of the former the vacuity gate refuses none that something else could have stood for.
+    """
     lines = json.loads((Path(__file__).parent / "covering.json").read_text(encoding="utf-8"))
     return tuple(parse_case(line) for line in lines)
 

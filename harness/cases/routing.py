@@ -106,7 +106,7 @@ def _trailing(p: Problem, s: Stream) -> Tensor:
 def _beyond(p: Problem, s: Stream) -> Tensor:
     """Ids just past the last expert and far past it: stale slots are not always -1."""
     ids = _uniform(p, s)
-    past = max(p.routed_ids, p.weight_experts) + s.integers(0, 3, p.T, p.K) * 2**9
+    past = p.named_ids + s.integers(0, 3, p.T, p.K) * 2**9
     return torch.where(s.integers(0, 5, p.T, p.K) == 0, past, ids)
 
 
@@ -169,7 +169,7 @@ def make(p: Problem, routing: str, values: str, s: Stream) -> tuple[Tensor, Tens
         extra = torch.arange(p.E, p.weight_experts, device=s.device).expand(p.T, -1)
         ids = torch.cat([ids, extra], dim=1)
         weights = torch.cat([weights, torch.ones_like(extra, dtype=torch.float64)], dim=1)
-    live = (ids >= 0) & (ids < max(p.routed_ids, p.weight_experts))
+    live = (ids >= 0) & (ids < p.named_ids)
     weights = torch.where(live, weights, torch.nan)
     return ids.to(torch.int32), weights.to(torch.float32)
 

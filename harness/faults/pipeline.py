@@ -75,7 +75,7 @@ class Pipeline(RouteSteps, PermuteSteps, GemmSteps, CombineSteps):
         if inputs.latent_down is not None:
             x = (x.float() @ inputs.latent_down.float().T).to(x.dtype)
         if inputs.problem.weight_on_input:
-            routed = inputs.topk_ids >= 0
+            routed = (inputs.topk_ids >= 0) & (inputs.topk_ids < inputs.problem.named_ids)
             w = torch.where(routed, inputs.topk_weights, 0.0)
             x = (torch.where(routed, x, 0.0).float() * w).to(x.dtype)  # 0, not -0, where nothing is routed
         return x

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from moeproof.harness import modes
 from moeproof.harness.cases.case import Case
@@ -33,6 +34,8 @@ def judge(
     Fewer `patterns` and `checks` make a quicker, weaker judge: see judge_lean.
     """
     candidate = as_candidate(thing)
+    if candidate.claims_in is not None and case.relation != "duplicate":  # which needs the kernels of twice the tokens as well
+        candidate = replace(candidate, claims=candidate.claims_in(case.problem))
     device = device or modes.default_device()
     start = time.perf_counter()
     tally = Tally()

@@ -179,6 +179,7 @@ def as_candidate(thing: object) -> Candidate:
             supports=lambda problem: _supports(thing, problem),
             claims=thing.claims,
             backend=thing.backend,
+            claims_in=thing.claims_in,
         )
     if callable(thing):
         name = getattr(thing, "__name__", type(thing).__name__).strip("<>")

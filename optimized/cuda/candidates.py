@@ -17,6 +17,7 @@ cuda-batched, cuda-batched-triton-gemm and triton-batched-cuda-gemm. Other mixes
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -24,6 +25,7 @@ from moeproof.optimized import router as triton_router
 from moeproof.optimized.cuda import align, batched, grouped_gemm, quant_stages, quantise, router, scaled_gemm, stages, toolkit
 from moeproof.optimized.cuda.batched import StagedBatchedExperts, StagedBatchedPrepareFinalize
 from moeproof.optimized.cuda.modular import StagedExperts, StagedPrepareFinalize, StagedQuantExperts
+from moeproof.optimized.quant.candidates import claims_in
 from moeproof.optimized.quant.experts import QuantExperts
 from moeproof.reference.contract.candidate import Candidate, Claims, Pair
 from moeproof.reference.contract.inputs import Inputs
@@ -118,7 +120,13 @@ def quant_candidate(name: str, cuda: tuple[str, ...]) -> Candidate:
     chosen = quant_stages.mix(cuda)
     supports: Callable[[Problem], str | None] = lambda problem: quant_unsupported(problem, cuda)  # noqa: E731
     run: Callable[[Inputs], dict[str, torch.Tensor]] = lambda inputs: quant_stages.run(inputs, chosen)  # noqa: E731
-    return Candidate(name=name, run=run, shows=QUANT_SHOWS, supports=supports, claims=QUANT_CLAIMS, backend="cuda")
+    triton = None if "gemm1" in cuda or "gemm2" in cuda else _triton_claims
+    return Candidate(name, run, QUANT_SHOWS, supports, QUANT_CLAIMS, backend="cuda", claims_in=triton)
+
+
+def _triton_claims(problem: Problem) -> Claims:
+    """Where both products are Triton's they are those of its layer; of other codes than fp8's the claim says nothing."""
+    return replace(QUANT_CLAIMS, accumulate=claims_in(problem).accumulate)
 
 
 def _taps(experts: FusedMoEPermuteExpertsUnpermute) -> dict[str, torch.Tensor]:

@@ -7,6 +7,7 @@ and everything else here in float32 or int32.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -16,6 +17,8 @@ from moeproof.optimized.quant import fused, layer, packed, search, torch_scaled
 from moeproof.optimized.quant.experts import Levels, QuantBatchedExperts, QuantExperts
 from moeproof.optimized.quant.multiply import multiplier
 from moeproof.optimized.quant.prepare import QuantBatchedPrepareFinalize, QuantNoEPPrepareFinalize
+from moeproof.optimized.quant.tiles import mean_rows
+from moeproof.optimized.tiles import interpreted, rows_per_block
 from moeproof.reference.contract.candidate import Candidate, Claims, Pair, Tuning
 from moeproof.reference.contract.inputs import Inputs
 from moeproof.reference.contract.modular import FusedMoEPermuteExpertsUnpermute
@@ -31,6 +34,24 @@ CLAIMS = {
     False: Claims(ties="lowest", total_router=True),
 }
 """By whether products are of fp8 codes. Promotion every 128 terms: measured at 10 * 2^-13 S on an H100."""
+HOPPER, ROWS = (9, 0), 64
+"""Its products of fp8 codes take blocks of this many rows. Smaller ones Triton multiplies as fp16, which holds every code, and
+their sums are float32's: at most 0.0006 of what promotion allows (docs/results/quant_ratios_h100.json)."""
+
+
+def block_rows(p: Problem) -> int:
+    """Rows of a program's tile of either product, in the layer and in both pairs."""
+    slots = p.T * p.slots
+    if p.layout == "batched":
+        return rows_per_block(mean_rows(slots, p.weight_experts, p.rows_per_expert), 1)
+    return rows_per_block(slots, p.weight_experts)
+
+
+def claims_in(p: Problem) -> Claims:
+    """Of fp8 codes: the interpreter's sums are float32's as well."""
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == HOPPER
+    plain = interpreted() or (hopper and block_rows(p) < ROWS)
+    return replace(CLAIMS[True], accumulate="fp32") if plain else CLAIMS[True]
 
 
 def _multiplies_fp8(p: Problem) -> bool:
@@ -102,9 +123,14 @@ def taps(parts: FusedMoEPermuteExpertsUnpermute) -> dict[str, Tensor]:
 def _set(name: str, fp8: bool) -> list[Candidate | Pair]:
     pairs = (("modular", "standard", _no_ep, experts), ("batched", "batched", _batched, batched_experts))
     return [
-        Candidate(name, layer.run, SHOWS, _layer(fp8), CLAIMS[fp8], backend="triton"),
+        Candidate(name, layer.run, SHOWS, _layer(fp8), CLAIMS[fp8], backend="triton", claims_in=claims_in if fp8 else None),
         *(
-            Pair(f"{name}-{kind}", front, back, layout, _pair(fp8, layout), CLAIMS[fp8], backend="triton", taps=taps)
+            Pair(
+                *(f"{name}-{kind}", front, back, layout, _pair(fp8, layout), CLAIMS[fp8]),
+                backend="triton",
+                taps=taps,
+                claims_in=claims_in if fp8 else None,
+            )
             for kind, layout, front, back in pairs
         ),
     ]

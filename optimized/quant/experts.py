@@ -11,6 +11,7 @@ from moeproof.optimized.align import Alignment, align
 from moeproof.optimized.experts import _TritonExperts
 from moeproof.optimized.quant.gemm import Rows, Weights, batched_scaled_gemm, grouped_scaled_gemm
 from moeproof.optimized.quant.quantise import code_buffers, quantise
+from moeproof.optimized.quant.tiles import mean_rows
 from moeproof.optimized.slots import Slots, clear_dead
 from moeproof.optimized.tiles import rows_per_block
 from moeproof.reference.contract.activations import Activation
@@ -268,11 +269,11 @@ class QuantBatchedExperts(_QuantExperts):
         x, first, second = self._operands(hidden_states, w1, w2, topk_ids, act, scales, dtype)
         e, C, N, K, _ = moe_problem_size(hidden_states, w1, w2, topk_ids)
         gate_up, h, into, y = self._buffers(workspace13, workspace2, e * C, N, K, N // act.width_in(1))
-        mean_rows = min(C, topk_ids.numel() // max(global_num_experts, e) + 1)
-        batched_scaled_gemm(x, first, gate_up.unflatten(0, (e, C)), counts, format_of(dtype), mean_rows)
+        mean = mean_rows(topk_ids.numel(), max(global_num_experts, e), C)
+        batched_scaled_gemm(x, first, gate_up.unflatten(0, (e, C)), counts, format_of(dtype), mean)
         rows = requantise(gate_up, h, act, self.scheme.a2, format_of(dtype), a2_scale, into, counts=counts)
         self.last = (h, rows, (e, C))
-        batched_scaled_gemm(_regions(rows, e, C), second, y.unflatten(0, (e, C)), counts, format_of(dtype), mean_rows)
+        batched_scaled_gemm(_regions(rows, e, C), second, y.unflatten(0, (e, C)), counts, format_of(dtype), mean)
         return y.view(e, C, K)
 
 

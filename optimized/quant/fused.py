@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import torch
 
-from moeproof.optimized import plans
+from moeproof.optimized import plans, specialised_gemm
 from moeproof.optimized.align import Alignment, align
-from moeproof.optimized.fused import _combine
+from moeproof.optimized.fused import _combine, with_roles
 from moeproof.optimized.fused_gemm import describable
 from moeproof.optimized.layer import routing
 from moeproof.optimized.plans import Plan, Point
-from moeproof.optimized.quant import specialised_gemm
 from moeproof.optimized.quant.fused_gemm import down, gate_up_act, requantises
 from moeproof.optimized.quant.layer import _weights
 from moeproof.optimized.quant.prepare import weighted_rows
-from moeproof.optimized.quant.rows import code_rows, quantise_rows, sort_rows
+from moeproof.optimized.quant.rows import code_rows, quantise_rows
 from moeproof.optimized.quant.vector import vector_down, vector_gate_up_act
 from moeproof.optimized.slots import Slots, clear_dead
+from moeproof.optimized.sort_rows import sort_rows
 from moeproof.optimized.tiles import Tile
 from moeproof.optimized.vector import Strip
 from moeproof.reference.contract.activations import Activation
@@ -81,19 +81,9 @@ def run_plan(inputs: Inputs, plan: Plan) -> dict[str, Tensor]:
 
 def _loadable(plan: Plan, inputs: Inputs) -> Plan:
     """The plan as it can run: without roles where a kernel has none, with pointers where no descriptor can name weights."""
-    p = inputs.problem
-    assert inputs.w1_scale is not None and inputs.w2_scale is not None and p.quant.w is not None
-    blocked = p.quant.w.group[1] > 0
-    first = _without_roles(plan.first, specialised_gemm.unable((inputs.w1, inputs.w1_scale), p.act, inputs.b1, blocked))
-    second = _without_roles(plan.second, specialised_gemm.unable((inputs.w2, inputs.w2_scale), None, inputs.b2, blocked))
+    first = with_roles(plan.first, inputs.w1, inputs.w1_scale, inputs.problem.act, inputs.b1)
+    second = with_roles(plan.second, inputs.w2, inputs.w2_scale, None, inputs.b2)
     return Plan(_tile(first, inputs.w1), _tile(second, inputs.w2), plan.overlap)
-
-
-def _without_roles(tile: Tile | Strip, unable: str) -> Tile | Strip:
-    """The same sums in the same order by warps that all do the same, where `unable` names a reason."""
-    if isinstance(tile, Tile) and tile.roles and unable:
-        return Tile(tile.block_m, 128, 128, tile.group_m, 8, 4, True, 1, fast=tile.fast)
-    return tile
 
 
 def _tile(tile: Tile | Strip, w: Tensor) -> Tile:
@@ -129,7 +119,8 @@ def _first(
     overlap: bool,
 ) -> None:
     if tile.roles:
-        specialised_gemm.gate_up_act((sort_rows(x[0], alignment, K), x[1]), w1, h, alignment, tile, K, act, dtype)
+        rows = sort_rows(x[0], alignment, K), x[1]
+        specialised_gemm.gate_up_act(rows, w1, h, alignment, tile, K, x[0].size(0) * K, act, dtype)
     else:
         gate_up_act(x, w1, h, alignment, tile, K, act, dtype, b1, overlap)
 

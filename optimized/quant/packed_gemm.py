@@ -116,7 +116,8 @@ def _unpacked(low, high, shift):
 
 @triton.jit
 def _step(
-    acc, a_m, live, w_n, s_n, shift, inside, first, left, SCALES: tl.constexpr, LOW: tl.constexpr, SWAP: tl.constexpr,
+    acc, a_m, live, w_n, s_n, shift, inside, first, left,
+    SCALES: tl.constexpr, LOW: tl.constexpr, SWAP: tl.constexpr, APART: tl.constexpr,
     STEP: tl.constexpr, EVEN_N: tl.constexpr, FULL: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
     """acc and the products of STEP columns from `first` on, of which `left` groups exist; FULL: all of them.
@@ -168,7 +169,11 @@ def _step(
         if not FULL:
             mask = mask & tl.max_constancy(j // (GROUP // CODES) < left, GROUP // CODES)[None, :]
         rows = tl.load(a_m[:, None] + at[None, :], mask=mask, other=0.0)
-        acc = tl.dot(_planes(words, factor, LOW, FMT), rows.T, acc)
+        if APART:
+            # By an fma, which the compiler does not take for an accumulator.
+            acc = tl.fma(tl.dot(_planes(words, factor, LOW, FMT), rows.T), 1.0, acc)
+        else:
+            acc = tl.dot(_planes(words, factor, LOW, FMT), rows.T, acc)
     else:
         # Where column 8j of a step lies in a permuted row.
         a = a_m[:, None] + (j // (CHUNK // CODES) * CHUNK + j % (CHUNK // CODES) + first)[None, :]
@@ -181,7 +186,7 @@ def _step(
 
 @triton.jit
 def _product(
-    a_m, live, w_n, s_n, shift, inside, K, SCALES: tl.constexpr, LOW: tl.constexpr, SWAP: tl.constexpr,
+    a_m, live, w_n, s_n, shift, inside, K, SCALES: tl.constexpr, LOW: tl.constexpr, SWAP: tl.constexpr, APART: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_N: tl.constexpr, WHOLE: tl.constexpr, TAIL: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
@@ -197,11 +202,13 @@ def _product(
             tl.assume(whole > 0)
         for first in range(0, whole, BLOCK_K):
             acc = _step(
-                acc, a_m, live, w_n, s_n, shift, inside, first, BLOCK_K // GROUP, SCALES, LOW, SWAP, BLOCK_K, EVEN_N, True, FMT
+                acc, a_m, live, w_n, s_n, shift, inside, first, BLOCK_K // GROUP,
+                SCALES, LOW, SWAP, APART, BLOCK_K, EVEN_N, True, FMT,
             )  # fmt: skip
     if TAIL > 0:
         acc = _step(
-            acc, a_m, live, w_n, s_n, shift, inside, whole, (K - whole) // GROUP, SCALES, LOW, SWAP, TAIL, EVEN_N, False, FMT
+            acc, a_m, live, w_n, s_n, shift, inside, whole, (K - whole) // GROUP,
+            SCALES, LOW, SWAP, APART, TAIL, EVEN_N, False, FMT,
         )  # fmt: skip
     if SWAP:
         acc = tl.trans(acc)
@@ -214,7 +221,7 @@ def _tile(
     stride_ar, stride_we, stride_wn, stride_se, stride_sn, stride_be, stride_bn, stride_or, stride_oc, stride_weight,
     NAME: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
     ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr, LINEAR_BETA: tl.constexpr,
-    SCALES: tl.constexpr, LOW: tl.constexpr, SWAP: tl.constexpr,
+    SCALES: tl.constexpr, LOW: tl.constexpr, SWAP: tl.constexpr, APART: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M,
     EVEN_N: tl.constexpr, WHOLE: tl.constexpr, TAIL: tl.constexpr, UNIT: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
@@ -235,7 +242,8 @@ def _tile(
         s_n = w_scale + offset // 4
     acc = _product(
         a + row.to(tl.int64) * stride_ar, live, w + (expert * stride_we + weight_row * stride_wn) * UNIT,
-        s_n, (offset % 4 * 8).to(tl.int32), inside, K, SCALES, LOW, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_N, WHOLE, TAIL, FMT,
+        s_n, (offset % 4 * 8).to(tl.int32), inside, K, SCALES, LOW, SWAP, APART,
+        BLOCK_M, BLOCK_N, BLOCK_K, EVEN_N, WHOLE, TAIL, FMT,
     )  # fmt: skip
     if bias_eN is not None:
         at = bias_eN + expert * stride_be + weight_row * stride_bn
@@ -270,7 +278,7 @@ def _fused_packed(
     stride_ar, stride_we, stride_wn, stride_se, stride_sn, stride_be, stride_bn, stride_or, stride_oc, stride_weight,
     NAME: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
     ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr, LINEAR_BETA: tl.constexpr,
-    SCALES: tl.constexpr, LOW: tl.constexpr, SWAP: tl.constexpr,
+    SCALES: tl.constexpr, LOW: tl.constexpr, SWAP: tl.constexpr, APART: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M,
     EVEN_N: tl.constexpr, WHOLE: tl.constexpr, TAIL: tl.constexpr, PROGRAMS: tl.constexpr, OVERLAP: tl.constexpr,
     UNIT: tl.constexpr, FMT: tl.constexpr,
@@ -285,7 +293,7 @@ def _fused_packed(
                 tl.program_id(0), num_m, num_n, a, w, w_scale, bias_eN, out, weights, sorted_slots, block_expert, num_slots,
                 slots_per_row, N, K, stride_ar, stride_we, stride_wn, stride_se, stride_sn, stride_be, stride_bn,
                 stride_or, stride_oc, stride_weight, NAME, GATED, PACKED, ALPHA, BETA, LIMIT, LINEAR_BETA,
-                SCALES, LOW, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, EVEN_N, WHOLE, TAIL, UNIT, FMT,
+                SCALES, LOW, SWAP, APART, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, EVEN_N, WHOLE, TAIL, UNIT, FMT,
             )  # fmt: skip
     else:
         for tile in tl.range(tl.program_id(0), num_m * num_n, PROGRAMS):
@@ -293,7 +301,7 @@ def _fused_packed(
                 tile, num_m, num_n, a, w, w_scale, bias_eN, out, weights, sorted_slots, block_expert, num_slots,
                 slots_per_row, N, K, stride_ar, stride_we, stride_wn, stride_se, stride_sn, stride_be, stride_bn,
                 stride_or, stride_oc, stride_weight, NAME, GATED, PACKED, ALPHA, BETA, LIMIT, LINEAR_BETA,
-                SCALES, LOW, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, EVEN_N, WHOLE, TAIL, UNIT, FMT,
+                SCALES, LOW, SWAP, APART, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, EVEN_N, WHOLE, TAIL, UNIT, FMT,
             )  # fmt: skip
 
 
@@ -400,7 +408,7 @@ def _launch(
         NAME=act.name if act else "", GATED=act is not None and act.gated, PACKED=act is not None and not act.interleaved,
         ALPHA=(act and act.alpha) or 0.0, BETA=(act and act.beta) or 0.0,
         LIMIT=(act and act.limit) or 0.0, LINEAR_BETA=(act and act.linear_beta) or 0.0,
-        SCALES=how, LOW=_low(scale), SWAP=tile.swap, EVEN_N=N % tile.block_n == 0,
+        SCALES=how, LOW=_low(scale), SWAP=tile.swap, APART=tile.apart, EVEN_N=N % tile.block_n == 0,
         WHOLE=K // tile.block_k > 0, TAIL=_tail(K, tile.block_k),
         PROGRAMS=tile.per_sm * processors(a.device), UNIT=unit, FMT=FORMATS["e2m1"] if interpreted() else None,
         **launch_options(overlap), **tile.options,

@@ -1,5 +1,4 @@
-"""QUANT1 and QUANT2 of the fused fp8 layer: rows to e4m3 codes by the conversion instruction, one pass, at the speed of memory;
-and such rows in sorted order.
+"""QUANT1 and QUANT2 of the fused fp8 layer: rows to e4m3 codes by the conversion instruction, one pass, at the speed of memory.
 
 The general quantiser (quantise.py) encodes by integer arithmetic and divides by the library, which costs more than the bytes
 it moves. Here a quotient is refined from the reciprocal of its group's scale, and Hopper's own conversion rounds it once.
@@ -14,7 +13,6 @@ import torch
 import triton
 import triton.language as tl
 
-from moeproof.optimized.align import Alignment
 from moeproof.optimized.overlap import after_previous, launch_options
 from moeproof.optimized.tiles import interpreted
 from moeproof.reference.contract.errors import check
@@ -70,35 +68,6 @@ def _quantise_rows(
         code = tl.reshape(e4m3_codes(value, scale[:, :, None]), [BLOCK_R, BLOCK_G * WIDTH])
         tl.store(codes + wide * C + column[None, :], code, mask=mask)
         tl.store(scales + wide * G + group[None, :], scale, mask=(row < R)[:, None] & (group < G)[None, :])
-
-
-@triton.jit(do_not_specialize=["num_slots", "slots_per_row"])
-def _sort_rows(
-    codes, out, sorted_slots, num_padded, num_slots, slots_per_row, C, stride_r,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    position = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    if tl.program_id(0) * BLOCK_R < tl.load(num_padded):
-        slot = tl.load(sorted_slots + position)
-        column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-        inside = (column < C)[None, :]
-        row = (slot // slots_per_row).to(tl.int64)[:, None]
-        tile = tl.load(codes + row * stride_r + column[None, :], mask=(slot < num_slots)[:, None] & inside, other=0)
-        tl.store(out + position.to(tl.int64)[:, None] * C + column[None, :], tile, mask=inside)
-
-
-def sort_rows(codes_RC: Tensor, alignment: Alignment, slots_per_row: int) -> Tensor:
-    """(P, C) codes of row slot // slots_per_row at each sorted position in use, zeros in padding: for kernels that read whole
-    blocks of neighbours."""
-    R, C = codes_RC.shape
-    P = alignment.sorted_slots.numel()
-    out = torch.empty(P, C, dtype=codes_RC.dtype, device=codes_RC.device)
-    block_r, block_c = (min(alignment.block_m, 16), 512) if not interpreted() else (alignment.block_m, 4096)
-    _sort_rows[(triton.cdiv(P, block_r), triton.cdiv(C, block_c))](
-        codes_RC.view(torch.uint8), out.view(torch.uint8), alignment.sorted_slots, alignment.num_padded, R * slots_per_row,
-        slots_per_row, C, codes_RC.stride(0), BLOCK_R=block_r, BLOCK_C=min(block_c, triton.next_power_of_2(C)),
-    )  # fmt: skip
-    return out
 
 
 def code_rows(q: Quantiser, R: int, C: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -45,10 +45,13 @@ ROLES = ("128x256x128-g8-w4-s4-tma-p1-roles",)
 PACKED = (
     *("16x64x256-g1-w4-s3-swap", "16x64x256-g1-w4-s4-swap", "16x64x128-g1-w4-s5-swap", "16x128x256-g1-w4-s3-swap"),
     *("16x128x128-g1-w8-s5-swap", "16x128x256-g1-w8-s3-swap", "16x64x256-g1-w2-s3", "16x64x256-g1-w4-s3"),
-    *("32x64x256-g1-w4-s3-swap", "32x64x128-g1-w4-s5-swap", "32x128x256-g1-w4-s3-swap", "32x128x256-g1-w8-s3-swap"),
-    *("32x128x128-g1-w8-s5-swap", "32x128x128-g1-w4-s4-swap", "32x64x256-g1-w2-s3"),
+    *("32x64x256-g1-w4-s3-swap", "32x64x128-g1-w4-s5-swap", "32x128x256-g1-w8-s3-swap"),
+    *("32x128x128-g1-w8-s5-swap", "32x128x128-g1-w4-s4-swap"),
     *("64x64x256-g1-w4-s3-swap", "64x128x128-g1-w4-s4-swap", "64x64x128-g1-w4-s4-swap", "64x128x128-g1-w8-s4-swap"),
     *("128x128x128-g4-w8-s3-swap", "128x64x128-g1-w4-s4-swap"),
+    *("16x64x256-g1-w4-s3-swap-apart", "16x128x256-g1-w8-s3-swap-apart", "16x64x128-g1-w4-s5-swap-apart"),
+    *("32x64x256-g1-w4-s3-swap-apart", "32x128x256-g1-w8-s3-swap-apart", "32x128x128-g1-w8-s5-swap-apart"),
+    *("64x128x128-g1-w8-s4-swap-apart",),
 )
 """Four-bit weights."""
 STRIPS = (

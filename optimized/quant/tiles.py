@@ -25,6 +25,11 @@ FP32 = {m: Tile(m, 64, 16, 1, 8 if m == 128 else 4, 2) for m in (16, 32, 64, 128
 """IEEE products run from registers, outside the tensor cores."""
 
 
+def mean_rows(slots: int, experts: int, C: int) -> int:
+    """Rows of an expert's region in the batched layout, on average, of C at most: what its tiles are chosen by."""
+    return min(C, slots // experts + 1)
+
+
 def quant_tile(block_m: int, N: int, K: int, operand: str, dtype: Format, step: int) -> Tile:
     """Tile for an output of N columns and products of length K; partial sums are scaled every `step` columns (0 = never)."""
     one_byte = operand in ("e4m3fn", "int8")

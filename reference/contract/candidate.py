@@ -136,6 +136,8 @@ class Candidate:
     backend: str = "torch"
     tuning: Tuning | None = None
     """None: nothing to tune."""
+    claims_in: Callable[[Problem], Claims] | None = None
+    """What it claims of the kernels that a problem gets here and now, where that is more than `claims` says of all."""
     source: str = ""
     """How a command line names it where it is not installed: `module:attribute` or `path/to/file.py:attribute`."""
 
@@ -171,6 +173,8 @@ class Pair:
     taps: Callable[[FusedMoEPermuteExpertsUnpermute], Mapping[str, torch.Tensor]] | None = None
     """What the experts kept of their last `apply`: h, hq, hs by name, asked after each call. In the pair's layout: (T, K, .),
     or batched (e, C, .) with undefined rows beyond the counts; one scale for the whole tensor is (1, 1, 1) in both."""
+    claims_in: Callable[[Problem], Claims] | None = None
+    """As Candidate.claims_in."""
 
     def __post_init__(self) -> None:
         known(f"layout of pair {self.name}", self.layout, LAYOUTS)

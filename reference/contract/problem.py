@@ -126,6 +126,11 @@ class Problem:
         return self.E + self.router.fused_shared
 
     @property
+    def named_ids(self) -> int:
+        """Ids below this stand for an expert, with weights or identity; any other is no more routed than -1."""
+        return max(self.routed_ids, self.weight_experts)
+
+    @property
     def slots(self) -> int:
         """Slots per token after routing: K and one for each fused shared expert."""
         return self.K + self.router.fused_shared

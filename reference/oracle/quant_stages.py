@@ -20,8 +20,9 @@ def quant1_input(inputs: Inputs) -> Tensor:
     x = inputs.hidden_states.double()
     if not inputs.problem.weight_on_input:
         return x
-    weight = torch.where(inputs.topk_ids >= 0, inputs.topk_weights.double(), 0.0)
-    return weighed(torch.where(inputs.topk_ids >= 0, x, 0.0), weight, inputs.problem.fmt)
+    routed = (inputs.topk_ids >= 0) & (inputs.topk_ids < inputs.problem.named_ids)
+    weight = torch.where(routed, inputs.topk_weights.double(), 0.0)
+    return weighed(torch.where(routed, x, 0.0), weight, inputs.problem.fmt)
 
 
 def quant1(inputs: Inputs) -> Quantised:

@@ -185,7 +185,8 @@ FAULTS = (
         "align.barrier_unmet",
         "align.cu",
         "        if (lane == 0) before[x * NUM_WARPS + warp] = sum;\n    }\n    __syncthreads();",
-        "        if (lane == 0) before[x * NUM_WARPS + warp] = sum;\n    }\n    if (thread < e) __syncthreads();",
+        "        if (lane == 0) before[x * NUM_WARPS + warp] = sum;\n    }\n    __syncthreads();\n"
+        "    if (thread < e) __syncthreads();",
         stands_for="P36",
         tool="synccheck",
         judged=False,

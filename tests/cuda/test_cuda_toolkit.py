@@ -188,7 +188,13 @@ def test_signatures_are_read_from_the_sources() -> None:
     }
     assert list(combine)[:4] == ["dtype", "y", "weights", "rows"]
     assert list(combine)[-3:] == ["num_local", "K", "stream"]  # the slots' parameters are spelled out
-    expected = {"y": ctypes.c_void_p, "T": ctypes.c_longlong, "H": ctypes.c_int, "scale": ctypes.c_float, "K": ctypes.c_uint}
+    expected = {
+        "y": ctypes.c_void_p,
+        "stride_ys": ctypes.c_longlong,
+        "H": ctypes.c_int,
+        "scale": ctypes.c_float,
+        "K": ctypes.c_uint,
+    }
     assert {name: combine[name] for name in expected} == expected
 
 

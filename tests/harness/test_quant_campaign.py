@@ -76,7 +76,7 @@ def test_the_committed_rows_are_continued(campaign: ModuleType) -> None:
     known = campaign.read(CI.parent / "docs" / "results" / "quant-campaign-interpreted.json")["rows"]
 
     assert {(scheme, layout, "") for scheme in QUANTISED for layout in LAYOUTS} <= set(known) <= set(rows("interpret"))
-    assert all(row.cases == row.verdicts == row.outcomes["PASS"] >= 80 for key, row in known.items() if not key[2])
+    assert all(row.cases == row.verdicts == row.outcomes["PASS"] >= 60 for row in known.values())
 
 
 @pytest.mark.parametrize("mode", SIZES)

@@ -13,13 +13,15 @@ import torch
 from moeproof.harness.cases.case import Case, parse_case
 from moeproof.harness.cases.inputs import digest, make_inputs
 from moeproof.harness.cases.quant_sample import QUANTISED, draw_quantised
+from moeproof.harness.faults.quant_pipeline import QuantPipeline, quant_candidate
 from moeproof.harness.judging.judge import judge
 from moeproof.harness.judging.pairs import as_candidate
 from moeproof.harness.reports.policies import policies
 from moeproof.harness.verdict import Outcome
-from moeproof.reference.contract import SCHEMES, ContractError, Inputs, Pair
+from moeproof.reference.contract import SCHEMES, Claims, ContractError, Inputs, Pair, Stage
 from moeproof.reference.eager import BatchedPrepareAndFinalize, candidates
 from moeproof.reference.eager.prepare_finalize import Prepared
+from moeproof.reference.eager.quantise import Matrix
 from moeproof.reference.oracle.quant_stages import quant1
 from moeproof.reference.oracle.quant_stages import weight as dequantised
 from moeproof.reference.oracle.quantise import reduce_groups
@@ -170,3 +172,21 @@ def test_policies_follow_the_claim() -> None:
         and "sum_b y_b^2" in gemm1(accumulate="fp8_promoted")
         and "n = K/32" in gemm1(accumulate="fp8_unpromoted")
     )
+
+
+class Lossy(QuantPipeline):
+    """Sums of GEMM1 lose 2^-11 of themselves, toward zero: what cores of 13 fraction bits may do, and float32 may not."""
+
+    def product(self, name: str, x: Matrix, w: Matrix) -> torch.Tensor:
+        return super().product(name, x, w) * (1 - 2.0**-11 * (name == "gemm1"))
+
+
+def test_what_a_problem_gets_may_claim_more_than_the_candidate_does_of_all() -> None:
+    case = parse_case("T=7,H=256,I=128,E=3,K=2,scheme=fp8_token,seed=2")
+    claimed = replace(quant_candidate(Lossy()), claims=Claims(accumulate="fp8_promoted"))
+    refined = replace(claimed, claims_in=lambda problem: Claims())
+
+    assert judge(claimed, case, "cpu").outcome is Outcome.PASS
+    verdict = judge(refined, case, "cpu")
+    assert verdict.outcome is Outcome.FAIL and verdict.findings[0].stage is Stage.GEMM1 and verdict.claims == "default"
+    assert judge(refined, replace(case, relation="duplicate"), "cpu").outcome is Outcome.PASS, "twice the tokens: other kernels"

@@ -11,8 +11,8 @@ from moeproof.harness.verdict import Outcome
 from moeproof.optimized.align import align
 from moeproof.optimized.plans import Plan
 from moeproof.optimized.quant import fused
-from moeproof.optimized.quant.rows import sort_rows
 from moeproof.optimized.slots import Slots
+from moeproof.optimized.sort_rows import sort_rows
 from moeproof.reference.contract import Candidate, Claims
 
 KINDS = {

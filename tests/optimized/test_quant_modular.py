@@ -15,10 +15,12 @@ from moeproof.harness.cases.inputs import make_inputs
 from moeproof.harness.judging.judge import judge
 from moeproof.harness.judging.pairs import QUANT_ARGUMENTS, as_candidate
 from moeproof.harness.verdict import Outcome
-from moeproof.optimized.quant import torch_scaled
-from moeproof.optimized.quant.candidates import quant_candidates
+from moeproof.optimized.quant import candidates as quant
+from moeproof.optimized.quant import gemm, torch_scaled
+from moeproof.optimized.quant.candidates import block_rows, claims_in, quant_candidates
 from moeproof.optimized.quant.experts import Levels, QuantBatchedExperts, QuantExperts
 from moeproof.optimized.quant.prepare import QuantBatchedPrepareFinalize, QuantNoEPPrepareFinalize
+from moeproof.optimized.quant.tiles import quant_tile
 from moeproof.reference.contract import SCHEMES, Candidate, ContractError, FusedMoEModularKernel, Inputs
 
 Tensor = torch.Tensor
@@ -181,6 +183,40 @@ def test_torch_s_scaled_grouped_product(monkeypatch: pytest.MonkeyPatch) -> None
     for change in ("scheme=fp8_block", "scheme=fp8_token,expert_bias=1", "scheme=fp8_token,storage=KN"):
         line = f"T=6,H=64,I=32,E=4,K=2,{change}"
         assert isinstance(torch_scaled.unsupported(parse_case(line).problem), str)
+
+
+@pytest.mark.parametrize("layout", ["standard", "batched"])
+@pytest.mark.parametrize(
+    "sizes", ["T=3,E=3,K=2", "T=40,E=2,K=2", "T=70,E=3,K=3", "T=200,E=2,K=1", "T=90,E=4,K=1,ep=2,ep_rank=1"]
+)
+def test_the_rows_that_a_claim_is_made_by_are_those_of_the_tiles(
+    sizes: str, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, seen = parse_case(f"{sizes},H=32,I=32,scheme=fp8_token,layout={layout}"), set()
+
+    def recorded(block_m: int, *rest: Any) -> Any:
+        seen.add(block_m)
+        return quant_tile(block_m, *rest)
+
+    monkeypatch.setattr(gemm, "quant_tile", recorded)
+    for candidate in CANDIDATES.values():
+        if candidate.claims_in is not None and candidate.supports(case.problem) is None:
+            candidate.run(make_inputs(case, DEVICE))
+
+    assert seen == {block_rows(case.problem)}
+
+
+def test_small_blocks_claim_float32_on_hopper_and_all_do_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    small, large = (parse_case(f"T={T},H=32,I=32,E=2,K=2,scheme=fp8_token").problem for T in (4, 200))
+    for interpreting, capability, claims in (
+        (True, (9, 0), ("fp32", "fp32")),
+        (False, (9, 0), ("fp32", "fp8_promoted")),
+        (False, (8, 9), ("fp8_promoted", "fp8_promoted")),  # its cores take fp8 in small blocks too
+    ):
+        monkeypatch.setattr(quant, "interpreted", lambda interpreting=interpreting: interpreting)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        assert tuple(claims_in(p).accumulate for p in (small, large)) == claims
 
 
 def test_support_is_declared() -> None:

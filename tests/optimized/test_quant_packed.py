@@ -20,6 +20,7 @@ from moeproof.reference.contract import Candidate, Claims, ContractError
 KINDS = {
     "rows on the left": "16x64x128-g1-w4-s3 16x32x256-g2-w4-s3",
     "weights on the left": "32x128x256-g1-w4-s3-swap 32x64x128-g1-w4-s3-swap",
+    "sums apart": "32x128x256-g1-w4-s3-swap-apart 32x64x128-g1-w4-s3-swap-apart",
     "persistent": "64x64x128-g4-w4-s3-p1 64x128x128-g2-w4-s3-p2",
 }
 CASES = (

@@ -8,11 +8,14 @@ import struct
 import pytest
 import torch
 
+from moeproof.harness.cases.case import parse_case
+from moeproof.harness.cases.inputs import make_inputs
 from moeproof.reference.contract.errors import ContractError
 from moeproof.reference.contract.formats import FORMATS, Format
 from moeproof.reference.contract.schemes import ALL, SCHEMES, Quantiser
 from moeproof.reference.eager import quantise as eager
 from moeproof.reference.oracle import standard
+from moeproof.reference.oracle.quant_stages import quant1, quant1_input
 from moeproof.reference.oracle.quantise import dequantise, fl, quantise, reduce_groups
 
 BF16 = FORMATS["bf16"]
@@ -201,3 +204,14 @@ def test_float32_quotients_round_once() -> None:
 
 def test_all_is_the_whole_dim() -> None:
     assert ALL == 0 and isinstance(BF16, Format)
+
+
+def test_a_token_whose_id_no_expert_has_is_a_row_of_zeros_to_quant1() -> None:
+    """Its weight may be NaN, and one scale for all tokens must not be: with the weight on the input, neither counts."""
+    inputs = make_inputs(parse_case("T=9,H=64,I=48,E=5,K=1,scheme=fp8_tensor,weight_on_input=1,routing=beyond,seed=1"))
+    beyond = inputs.topk_ids.flatten() >= 5
+    x = quant1_input(inputs)
+
+    assert bool(beyond.any()) and not bool(beyond.all())
+    assert bool((x[beyond] == 0).all()) and bool((x[~beyond] != 0).any(dim=1).all())
+    assert bool(quant1(inputs).values.isfinite().all())

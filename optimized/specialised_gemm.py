@@ -1,9 +1,10 @@
-"""Both fp8 products for many rows, warp-specialised (Hopper): one warp copies tiles to shared memory, two warpgroups multiply.
+"""Both products for many rows, warp-specialised (Hopper): one warp copies tiles to shared memory, two warpgroups multiply.
 
-What `_fused_scaled` cannot do is multiply while it scales: every thread of a program does the same thing at the same time, and
-the tensor core stands still while partial sums are scaled. Here each warpgroup has 64 of a block's 128 rows and goes at its own
-pace: while one scales its partial sum, the other one's is multiplied. Shared memory is a ring of stages; `full` barriers say
-that the copies of a stage have landed, `empty` ones that both warpgroups have read it.
+For 16-bit rows and weights, and for e4m3 codes of the schemes fp8_token and fp8_block. What `_fused_scaled` cannot do is to
+multiply while it scales: every thread of a program does the same thing at the same time, and the tensor core stands still while
+partial sums are scaled. Here each warpgroup has 64 of a block's 128 rows and goes at its own pace: while one scales its partial
+sum, the other one's is multiplied. Shared memory is a ring of stages; `full` barriers say that the copies of a stage have
+landed, `empty` ones that both warpgroups have read it.
 
 A program takes two strips of 128 weight rows at once, `left` and `right`: gate and up rows of the same columns in GEMM1, so
 that the activation is a matter of one thread, and neighbours in GEMM2. The two sums and one partial sum fill a thread's
@@ -33,7 +34,7 @@ from moeproof.reference.contract.errors import check
 
 Tensor = torch.Tensor
 STRIP = gl.constexpr(128)
-"""Rows of a block, weight rows of a strip, and columns of a step: one group of scales in each direction."""
+"""Rows of a block, weight rows of a strip, and bytes of a step: of codes, one group of scales in each direction."""
 HALF = gl.constexpr(64)
 """Rows of a warpgroup."""
 LOADER_REGISTERS, WORKER_REGISTERS = gl.constexpr(24), gl.constexpr(240)
@@ -52,14 +53,14 @@ def _strips(column, N, FIRST: gl.constexpr):
 @gluon.jit
 def _load(
     a_rows, w_rows, a_ring, left_ring, right_ring, full, empty, block_expert, num_m, num_n, group_m, N, K,
-    FIRST: gl.constexpr, STAGES: gl.constexpr, PROGRAMS: gl.constexpr,
+    FIRST: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, PROGRAMS: gl.constexpr,
 ):  # fmt: skip
     step = 0
     for tile in range(gl.program_id(0), num_m * num_n, PROGRAMS):
         block, column = _swizzle(tile, num_m, num_n, group_m)
         first_row = gl.load(block_expert + block) * N
         left, right = _strips(column, N, FIRST)
-        for k in range(0, K, STRIP):
+        for k in range(0, K, STEP):
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
             mbarrier.expect(full.index(stage), 3 * STRIP * STRIP)
@@ -95,12 +96,12 @@ def _multiply(
     num_m, num_n, group_m, num_slots, slots_per_row, N, K,
     stride_xr, stride_xg, stride_se, stride_sn, stride_sg, stride_or, stride_weight,
     HIGH: gl.constexpr, NAME: gl.constexpr, ALPHA: gl.constexpr, BETA: gl.constexpr, LIMIT: gl.constexpr,
-    LINEAR_BETA: gl.constexpr, DTYPE: gl.constexpr, BLOCKED: gl.constexpr, FAST: gl.constexpr,
+    LINEAR_BETA: gl.constexpr, DTYPE: gl.constexpr, BLOCKED: gl.constexpr, FAST: gl.constexpr, STEP: gl.constexpr,
     STAGES: gl.constexpr, PROGRAMS: gl.constexpr,
 ):  # fmt: skip
     """The low or HIGH half of each block's rows."""
     FIRST: gl.constexpr = NAME != ""
-    SUM: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32])
+    SUM: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, STEP // 4])
     ROWS: gl.constexpr = gl.SliceLayout(1, SUM)
     COLUMNS: gl.constexpr = gl.SliceLayout(0, SUM)
     WORDS: gl.constexpr = 16 if out_scale is not None else 8
@@ -111,10 +112,6 @@ def _multiply(
         block, column = _swizzle(tile, num_m, num_n, group_m)
         expert = gl.load(block_expert + block).to(gl.int64)
         left_row, right_row = _strips(column, N, FIRST)
-        own = w_scale + expert * stride_se
-        left_at = own + (left_row // STRIP).to(gl.int64) * stride_sn
-        # A last strip may lie beyond the last row. What it gives is not stored.
-        right_at = own + (gl.minimum(right_row, N - 1) // STRIP).to(gl.int64) * stride_sn
         left = gl.zeros([HALF, STRIP], gl.float32, SUM)
         right = gl.zeros([HALF, STRIP], gl.float32, SUM)
         if BLOCKED:
@@ -122,16 +119,20 @@ def _multiply(
             xs_m = a_scale + (slot // slots_per_row if FIRST else position).to(gl.int64) * stride_xr
             # Rows of padding exist between the products, and their scales with them.
             scaled = live if FIRST else position >= 0
+            own = w_scale + expert * stride_se
+            left_at = own + (left_row // STRIP).to(gl.int64) * stride_sn
+            # A last strip may lie beyond the last row. What it gives is not stored.
+            right_at = own + (gl.minimum(right_row, N - 1) // STRIP).to(gl.int64) * stride_sn
             xs = gl.load(xs_m, mask=scaled, other=1.0)
             left_s = gl.load(left_at)
             right_s = gl.load(right_at)
-        for k in range(0, K, STRIP):
+        for k in range(0, K, STEP):
             stage = step % STAGES
             mbarrier.wait(full.index(stage), step // STAGES & 1)
             a = a_ring.index(stage).slice(HIGH * HALF, HALF)
             w_left = left_ring.index(stage).permute((1, 0))
             w_right = right_ring.index(stage).permute((1, 0))
-            if FAST and not BLOCKED:
+            if FAST:
                 left = warpgroup_mma(a, w_left, left, is_async=True)
                 right = warpgroup_mma(a, w_right, right, is_async=True)
                 # This step's two products run on; those of the last step, maybe another tile's, are done.
@@ -165,9 +166,10 @@ def _multiply(
         # Again, because nothing but sums stays in registers during the loop.
         position, slot, live = _rows(block, sorted_slots, num_slots, HIGH, ROWS)
         c = gl.arange(0, STRIP, COLUMNS)
-        if not BLOCKED:
+        if w_scale is not None and not BLOCKED:
             xs_m = a_scale + (slot // slots_per_row if FIRST else position).to(gl.int64) * stride_xr
             token = gl.load(xs_m, mask=live if FIRST else position >= 0, other=0.0)[:, None]
+            own = w_scale + expert * stride_se
             left *= token * gl.load(own + left_row + c, mask=left_row + c < N, other=0.0)[None, :]
             right *= token * gl.load(own + right_row + c, mask=right_row + c < N, other=0.0)[None, :]
         if FIRST:
@@ -195,15 +197,16 @@ def _specialised(
     num_slots, slots_per_row, N, K, group_m,
     stride_xr, stride_xg, stride_se, stride_sn, stride_sg, stride_or, stride_weight,
     NAME: gl.constexpr, ALPHA: gl.constexpr, BETA: gl.constexpr, LIMIT: gl.constexpr, LINEAR_BETA: gl.constexpr,
-    DTYPE: gl.constexpr, BLOCKED: gl.constexpr, FAST: gl.constexpr, STAGES: gl.constexpr, PROGRAMS: gl.constexpr,
+    DTYPE: gl.constexpr, BLOCKED: gl.constexpr, FAST: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
+    PROGRAMS: gl.constexpr,
 ):  # fmt: skip
     """GEMM1 where NAME is an activation, else GEMM2."""
     FIRST: gl.constexpr = NAME != ""
     num_m = gl.load(num_padded) // STRIP
     num_n = gl.cdiv(N, 2 * STRIP)
-    a_ring = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, STRIP, STRIP], a_rows.layout)
-    left_ring = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, STRIP, STRIP], w_rows.layout)
-    right_ring = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, STRIP, STRIP], w_rows.layout)
+    a_ring = gl.allocate_shared_memory(a_rows.dtype, [STAGES, STRIP, STEP], a_rows.layout)
+    left_ring = gl.allocate_shared_memory(w_rows.dtype, [STAGES, STRIP, STEP], w_rows.layout)
+    right_ring = gl.allocate_shared_memory(w_rows.dtype, [STAGES, STRIP, STEP], w_rows.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
@@ -215,17 +218,17 @@ def _specialised(
                 a_ring, left_ring, right_ring, full, empty, a_scale, w_scale, out, out_scale, weights, sorted_slots,
                 block_expert, num_m, num_n, group_m, num_slots, slots_per_row, N, K,
                 stride_xr, stride_xg, stride_se, stride_sn, stride_sg, stride_or, stride_weight,
-                gl.constexpr(0), NAME, ALPHA, BETA, LIMIT, LINEAR_BETA, DTYPE, BLOCKED, FAST, STAGES, PROGRAMS,
+                gl.constexpr(0), NAME, ALPHA, BETA, LIMIT, LINEAR_BETA, DTYPE, BLOCKED, FAST, STEP, STAGES, PROGRAMS,
             )),
             (_multiply, (
                 a_ring, left_ring, right_ring, full, empty, a_scale, w_scale, out, out_scale, weights, sorted_slots,
                 block_expert, num_m, num_n, group_m, num_slots, slots_per_row, N, K,
                 stride_xr, stride_xg, stride_se, stride_sn, stride_sg, stride_or, stride_weight,
-                gl.constexpr(1), NAME, ALPHA, BETA, LIMIT, LINEAR_BETA, DTYPE, BLOCKED, FAST, STAGES, PROGRAMS,
+                gl.constexpr(1), NAME, ALPHA, BETA, LIMIT, LINEAR_BETA, DTYPE, BLOCKED, FAST, STEP, STAGES, PROGRAMS,
             )),
             (_load, (
                 a_rows, w_rows, a_ring, left_ring, right_ring, full, empty, block_expert, num_m, num_n, group_m, N, K,
-                FIRST, STAGES, PROGRAMS,
+                FIRST, STEP, STAGES, PROGRAMS,
             )),
         ],
         [4, 1],
@@ -233,31 +236,44 @@ def _specialised(
     )  # fmt: skip
 
 
-TILE = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
+ROW_BYTES = 128
+"""Of a step: the swizzle of shared memory that products read without conflicts."""
+TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
 
-def unable(w: tuple[Tensor, Tensor], act: Activation | None, bias_eN: Tensor | None, blocked: bool) -> str:
+def unable(w_eNK: Tensor, w_scale: Tensor | None, act: Activation | None, bias_eN: Tensor | None) -> str:
     """Why this kernel cannot multiply by these weights on this device, or an empty string."""
-    w_eNK, w_scale = w
     _, N, K = w_eNK.shape
     if interpreted() or (w_eNK.is_cuda and torch.cuda.get_device_capability(w_eNK.device)[0] != 9):
         return "warps have roles on Hopper only"
-    if not w_eNK.is_contiguous() or w_eNK.data_ptr() % 16 or K % 16:
+    if not w_eNK.is_contiguous() or w_eNK.data_ptr() % 16 or K * w_eNK.element_size() % 16:
         return "a descriptor names contiguous weights whose rows are whole steps of 16 bytes"
     if bias_eN is not None or (act is not None and (not act.gated or act.interleaved)):
         return "gate and up rows are halves of the weights, and there are no biases"
-    if (act is not None and blocked and N // 2 % 128) or (not blocked and w_scale.stride(1) != 1):
-        return "a strip of 128 rows lies in one block of scales, and scales of channels are neighbours"
+    if w_scale is not None and _blocked(w_scale, N):
+        apart = act is not None and N // 2 % STRIP.value > 0
+    else:
+        apart = w_scale is not None and w_scale.stride(1) != 1
+    if apart:
+        return "a strip of rows lies in one block of scales, and scales of channels are neighbours"
     return ""
 
 
+def _blocked(w_scale: Tensor, N: int) -> bool:
+    return w_scale.size(1) != N or w_scale.size(2) > 1
+
+
 def _described(matrix: Tensor) -> TensorDescriptor:
-    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [STRIP.value, STRIP.value], TILE)
+    size = matrix.element_size()
+    layout = NVMMASharedLayout(swizzle_byte_width=ROW_BYTES, element_bitwidth=8 * size, rank=2)
+    return TensorDescriptor(
+        matrix, list(matrix.shape), list(matrix.stride()), [STRIP.value, ROW_BYTES // size], layout
+    )  # fmt: skip
 
 
 def _launch(
-    a: tuple[Tensor, Tensor],
-    w: tuple[Tensor, Tensor],
+    a: tuple[Tensor, Tensor | None],
+    w: tuple[Tensor, Tensor | None],
     out: Tensor,
     out_scale: Tensor | None,
     alignment: Alignment,
@@ -268,46 +284,50 @@ def _launch(
     act: Activation | None,
     weights: Tensor | None,
 ) -> None:
-    (codes, scale), (w_eNK, w_scale) = a, w
+    (rows, scale), (w_eNK, w_scale) = a, w
     e, N, K = w_eNK.shape
-    check(codes.size(1) == K, f"rows have {codes.size(1)} columns; the weights {tuple(w_eNK.shape)} need {K}")
+    check(rows.size(1) == K, f"rows have {rows.size(1)} columns; the weights {tuple(w_eNK.shape)} need {K}")
+    step = ROW_BYTES // w_eNK.element_size()
     sizes = (tile.block_m, tile.block_n, tile.block_k, alignment.block_m, tile.warps)
-    check(sizes == (128, 256, 128, 128, 4), f"tile {tile}: with roles, tiles are 128x256x128 and sums belong to 4 warps")
-    programs = max(tile.per_sm, 1) * processors(codes.device)
+    check(sizes == (128, 256, step, 128, 4), f"tile {tile}: with roles, tiles are 128x256x{step} and sums belong to 4 warps")
+    blocked = w_scale is not None and _blocked(w_scale, N)
+    programs = max(tile.per_sm, 1) * processors(rows.device)
     _specialised[(min(programs, alignment.num_blocks * triton.cdiv(N, tile.block_n)),)](
-        _described(codes), _described(w_eNK.view(e * N, K)), scale, w_scale, out, out_scale, weights,
+        _described(rows), _described(w_eNK.view(e * N, K)), scale, w_scale, out, out_scale, weights,
         alignment.sorted_slots, alignment.block_expert, alignment.num_padded, num_slots, slots_per_row, N, K, tile.group_m,
-        *scale.stride(), *w_scale.stride(), out.stride(0), weights.stride(0) if weights is not None else 0,
+        *(scale.stride() if scale is not None else (0, 0)), *(w_scale.stride() if w_scale is not None else (0, 0, 0)),
+        out.stride(0), weights.stride(0) if weights is not None else 0,
         NAME=act.name if act else "", ALPHA=(act and act.alpha) or 0.0, BETA=(act and act.beta) or 0.0,
         LIMIT=(act and act.limit) or 0.0, LINEAR_BETA=(act and act.linear_beta) or 0.0,
-        DTYPE={torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}[dtype],
-        BLOCKED=w_scale.size(1) != N or w_scale.size(2) > 1, FAST=tile.fast,
+        DTYPE=TYPES[dtype], BLOCKED=blocked, FAST=(tile.fast and not blocked) or w_scale is None, STEP=step,
         STAGES=tile.stages, PROGRAMS=programs, num_warps=tile.warps,
     )  # fmt: skip
 
 
 def gate_up_act(
-    x: tuple[Tensor, Tensor],
-    w1: tuple[Tensor, Tensor],
+    x: tuple[Tensor, Tensor | None],
+    w1: tuple[Tensor, Tensor | None],
     h: tuple[Tensor, Tensor | None],
     alignment: Alignment,
     tile: Tile,
     slots_per_row: int,
+    num_slots: int,
     act: Activation,
     dtype: torch.dtype,
 ) -> None:
-    """As fused_gemm.gate_up_act, on codes in sorted order (rows.sort_rows); scales of x stay in the order of its rows."""
-    codes, scale = x
-    _launch((codes, scale), w1, *h, alignment, tile, slots_per_row, scale.size(0) * slots_per_row, dtype, act, None)
+    """As the fused layers' gate_up_act, on rows in sorted order (`sort_rows`); scales of x stay in the order of its rows.
+
+    x and w1 are 16-bit values, or codes with their scales; h likewise, codes where it has room for their scales."""
+    _launch(x, w1, *h, alignment, tile, slots_per_row, num_slots, dtype, act, None)
 
 
 def down(
-    h: tuple[Tensor, Tensor],
-    w2: tuple[Tensor, Tensor],
+    h: tuple[Tensor, Tensor | None],
+    w2: tuple[Tensor, Tensor | None],
     out_SH: Tensor,
     alignment: Alignment,
     tile: Tile,
     weights_S: Tensor | None = None,
 ) -> None:
-    """As fused_gemm.down."""
+    """As the fused layers' down."""
     _launch(h, w2, out_SH, None, alignment, tile, 1, out_SH.size(0), out_SH.dtype, None, weights_S)
