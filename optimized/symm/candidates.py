@@ -10,7 +10,7 @@ from moeproof.optimized.experts import TritonBatchedExperts, TritonExperts
 from moeproof.optimized.quant import candidates as quant
 from moeproof.optimized.symm.cuts import Cuts
 from moeproof.optimized.symm.layout import Payload
-from moeproof.optimized.symm.overlapped import SymmOverlappedPrepareFinalize
+from moeproof.optimized.symm.overlapped import CUTS, SymmOverlappedPrepareFinalize
 from moeproof.optimized.symm.prepare_finalize import SymmBatchedPrepareFinalize, SymmStandardPrepareFinalize
 from moeproof.reference.contract.candidate import Claims, RankPair
 from moeproof.reference.contract.inputs import Inputs
@@ -35,7 +35,7 @@ def _standard(inputs: Inputs, world: World, link: Link) -> SymmStandardPrepareFi
     return SymmStandardPrepareFinalize(link, world.grid, world.max_tokens, payload(p), p.quant)
 
 
-def overlapped(inputs: Inputs, world: World, link: Link, cuts: Cuts | None = None) -> SymmOverlappedPrepareFinalize:
+def overlapped(inputs: Inputs, world: World, link: Link, cuts: Cuts = CUTS) -> SymmOverlappedPrepareFinalize:
     p = inputs.problem
     return SymmOverlappedPrepareFinalize(link, world.grid, world.max_tokens, payload(p), p.quant, cuts)
 

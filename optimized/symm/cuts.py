@@ -45,18 +45,9 @@ class Cuts:
 
 
 ALONE = Cuts()
-NEARLY_ALL = 0.9
 
 
 def beside(share: float, copied_rows: bool = False, copied_sums: bool = False) -> Cuts:
     """Cuts that leave all but this share of the multiprocessors to others: each program has as much on its way as several."""
     put = Cut(share, 16, 64, 4) if copied_rows else Cut(share, 4, 4096, 32)
     return Cuts(put, Cut(share, 1, 8192, 32), Cut(share, 2, 8192, 32), copied_rows, copied_sums)
-
-
-def beside_experts(ranks: int, slots: int) -> Cuts:
-    """Cuts for tokens of so many slots among so many ranks, while their experts compute.
-
-    With routing by chance a rank needs 1 - (1 - 1 / R)^K of all tokens. Where that is nearly all, copies of all are no waste.
-    """
-    return beside(1 / 4, copied_rows=1 - (1 - 1 / ranks) ** slots > NEARLY_ALL)

@@ -16,9 +16,11 @@ from moeproof.reference.contract import FusedMoEPrepareAndFinalize, Inputs, Link
 from moeproof.reference.eager.experts_of import batched_experts, standard_experts, taps
 
 INSTALLED = {pair.name: pair for pair in rank_pairs()}
-for name, copies in {"by copies": True, "by programs": False}.items():
-    cuts = beside(1 / 8, copied_rows=copies, copied_sums=copies)
-    INSTALLED[name] = replace(INSTALLED["symm-standard-overlapped"], name=name, prepare_finalize=partial(overlapped, cuts=cuts))
+INSTALLED["by copies"] = replace(
+    INSTALLED["symm-standard-overlapped"],
+    name="by copies",
+    prepare_finalize=partial(overlapped, cuts=beside(1 / 8, copied_rows=True, copied_sums=True)),
+)
 
 
 def _many(inputs: Inputs, world: World, link: Link) -> FusedMoEPrepareAndFinalize:

@@ -108,7 +108,7 @@ def test_codes_travel_with_their_scales(pools: dict[int, RankPool], name: str, e
 def test_two_micro_batches_give_the_bits_of_one_call(pools: dict[int, RankPool], ranks: int) -> None:
     extras = ("routing=minus1,spread=uneven,seed=7", "routing=dup,spread=uneven,seed=7")
     lines = [line_for("symm-standard", ranks, "values=normal", extra) for extra in extras]
-    names = ("symm-standard", "symm-standard-overlapped", "by copies", "by programs")
+    names = ("symm-standard", "symm-standard-overlapped", "by copies")
     runs = [pools[ranks].run(functions.calls, name, lines) for name in names]
 
     assert all(run.ok for run in runs), runs

@@ -7,7 +7,6 @@ import torch
 
 from moeproof.optimized.symm import Layout
 from moeproof.optimized.symm.candidates import payload
-from moeproof.optimized.symm.cuts import beside_experts
 from moeproof.optimized.symm.layout import GAP
 from moeproof.reference.contract import Grid, Problem
 
@@ -40,10 +39,3 @@ def test_fields_lie_apart_and_begin_where_any_type_can(ranks: int) -> None:
 
     assert bool((layout.gaps(arena) == 0).all())
     assert int((arena == 0xFF).sum()) + layout.gaps(arena).numel() == layout.nbytes
-
-
-@pytest.mark.parametrize(
-    ("ranks", "slots", "copied"), [(2, 8, True), (4, 8, False), (8, 8, False), (2, 1, False), (1, 1, True)]
-)
-def test_rows_are_copied_where_nearly_all_are_needed_everywhere(ranks: int, slots: int, copied: bool) -> None:
-    assert beside_experts(ranks, slots).copied_rows == copied
