@@ -180,7 +180,10 @@ def _exists(chosen: tuple[tuple[str, object], ...]) -> bool:
 
 @functools.lru_cache(maxsize=1)
 def covering() -> tuple[Case, ...]:
-    """The stored cases: first those that one rank without a GPU can run, then those of several ranks, streams and graphs."""
+    """The stored cases: first those that one rank without a GPU can run, then those of several ranks, streams and graphs.
+
+    Of the former the vacuity gate refuses none that something else could have stood for.
+    """
     lines = json.loads((Path(__file__).parent / "covering.json").read_text(encoding="utf-8"))
     return tuple(parse_case(line) for line in lines)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from moeproof.harness.cases.case import Case
+from moeproof.harness.cases.quant_sample import QUANTISED
 from moeproof.harness.faults.fault import Fault
 from moeproof.harness.faults.grounds import QUIET, STATEFUL, ground_of, judged
 from moeproof.harness.verdict import Outcome
@@ -42,7 +43,7 @@ def healthy(numbered: Iterable[tuple[int, Case]]) -> Healthy:
     total = Healthy()
     for number, case in numbered:
         for kind in grounds_of(number, case):
-            schemes = {"": (case.problem.scheme,)} if kind == "quant" else {}
+            schemes = {"": QUANTISED} if kind == "quant" else {}
             blank = Fault("healthy", f"healthy.{kind}", "", "", (), {"": {}}, ground=kind, schemes=schemes)
             pipeline, thing = ground_of(blank, number)
             verdict = judged(blank, pipeline, thing, case)

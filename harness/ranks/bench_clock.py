@@ -142,13 +142,18 @@ def _timed(context: RankContext, calls: Calls, seconds: float, capturable: bool)
         return called
     if not capturable or context.device.type != "cuda":
         return Samples(called)
-    # In this order: what dispatch leaves, and what combine and the checks look at, is then that of its own graph.
-    graphs = [_captured(act) for act in (both, calls.dispatch, calls.combine)]
-    replayed = timed(graphs[1].replay, graphs[2].replay, graphs[0].replay)
+    replayed = timed(*(graph.replay for graph in graphs(calls, both)))
     return replayed if isinstance(replayed, Samples) else Samples(called, replayed)
 
 
-def _captured(act: Act) -> torch.cuda.CUDAGraph:
+def graphs(calls: Calls, both: Act) -> tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph, torch.cuda.CUDAGraph]:
+    """Of dispatch, combine and both. Each has memory of its own: `calls` ends up with what the first one fills, and the
+    second one takes that."""
+    whole = captured(both)
+    return captured(calls.dispatch), captured(calls.combine), whole
+
+
+def captured(act: Act) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
     # What other threads do meanwhile is theirs: NCCL's watchdog asks for its events.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):

@@ -131,7 +131,8 @@ PAGE = (
     "scheme, because half an ulp is both allowed and common.",
     "",
     "Float32 sums in any order stand at 0.02 to 0.3: their bound is that of tensor cores, which truncate, always toward zero,",
-    "and reach 0.74 of it (accumulators.md).",
+    "and reach 0.74 of it (accumulators.md). Sums of fp8 below 0.001 are those of small blocks under the claim of promotion,",
+    "which they no longer make (tolerances.md).",
     "",
 )
 

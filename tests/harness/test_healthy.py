@@ -9,6 +9,7 @@ from moeproof.harness.cases.sample import SAMPLED_VALUES, draw
 from moeproof.harness.cases.tiers import TIERS, cases_of
 from moeproof.harness.faults.fault import Fault
 from moeproof.harness.faults.grounds import ground_of, judged, vacuous
+from moeproof.harness.faults.healthy import healthy
 from moeproof.harness.judging.judge import judge
 from moeproof.harness.registry import find_candidates
 from moeproof.harness.verdict import Outcome
@@ -75,6 +76,13 @@ def test_the_pipelines_that_faults_are_planted_in_are_healthy(kind: str) -> None
         pipeline, thing = ground_of(blank, number)
         verdict = judged(blank, pipeline, thing, case)
         assert verdict.outcome in (Outcome.PASS, Outcome.UNSUPPORTED), verdict
+
+
+def test_the_healthy_campaign_of_the_faults_judges_every_ground() -> None:
+    lines = ("T=9,H=40,I=24,E=4,K=2,seed=1", "T=9,H=128,I=96,E=3,K=2,scheme=mxfp8_up,values=groups,seed=41")
+    found = healthy(enumerate(map(parse_case, lines), start=10))
+
+    assert found.checks > 20 and not found.alarms and found.vacuous == 0
 
 
 def test_no_case_of_the_default_tier_is_vacuous() -> None:

@@ -163,7 +163,7 @@ def test_every_pair_is_in_some_case_or_excluded_for_a_reason(covered: set[Pair])
     lacking = [pair for pair in every if pair not in covered]
 
     assert len(every) > 14_000
-    assert lacking == [pair for pair in every if _excluded(pair)]
+    assert lacking == [pair for pair in every if _excluded(pair)], "the axes have changed? python ci/cover.py finds new cases"
     assert not any(possible(dict(pair)) for pair in lacking)
 
 
@@ -173,7 +173,7 @@ def test_pairs_that_need_no_gpu_and_no_ranks_are_in_cases_that_need_neither() ->
     wanted = [pair for pair in _every_pair() if all(value in ANYWHERE[axis] for axis, value in pair) and not _excluded(pair)]
 
     assert set(wanted) <= covered
-    assert len(here) < 600 and len(covering()) < 900
+    assert len(here) < 650 and len(covering()) < 950
 
 
 def test_each_axis_has_what_the_catalogue_asks_of_it() -> None:
@@ -203,8 +203,9 @@ def test_every_value_goes_with_the_defaults_or_what_may_stand_for_them() -> None
 
 
 def test_the_cases_read_back_and_are_what_their_rows_build() -> None:
-    for seed, case in enumerate(covering()):
-        assert parse_case(str(case)) == case == build(row_of(case), seed)
+    for case in covering():
+        assert parse_case(str(case)) == case == build(row_of(case), case.seed)
+    assert len({case.seed for case in covering()}) == len(covering())
 
 
 def test_the_full_tier_holds_the_cover_of_one_rank_and_the_sweep_is_its_own() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from typer.testing import CliRunner
 from moeproof.harness.cases.case import parse_case
 from moeproof.harness.cases.worlds import make_world_inputs
 from moeproof.harness.cli import app
+from moeproof.harness.ranks import bench_clock
 from moeproof.harness.ranks.bench import Options, Phase, Reading, Sizes, measure, read
 from moeproof.harness.ranks.bench_calls import own_rows
 from moeproof.harness.ranks.bench_clock import Laps, Samples
@@ -127,6 +130,35 @@ def test_what_was_replayed_stands_beside_what_was_called() -> None:
     _, plain, graph = lines([reading])
     assert "30 (20-40)" in plain and graph.split()[0] == "replayed" and "3 (2-4)" in graph
     assert reading.record()["replayed"]["combine"]["us"] == 0.6  # type: ignore[index]
+
+
+def test_the_graphs_that_are_judged_fill_what_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A captured dispatch that allocates fills its own tensor at every replay, not that of the graph captured after it."""
+
+    class Allocates:
+        def dispatch(self) -> None:
+            self.prepared: list[str] = []
+            record.append(lambda rows=self.prepared: rows.append("rows"))
+
+        def combine(self) -> None:
+            record.append(lambda rows=self.prepared: taken.extend(rows))
+
+    record: list[Callable[[], None]] = []
+    taken: list[str] = []
+
+    def captured(act: Callable[[], None]) -> SimpleNamespace:
+        record.clear()
+        act()
+        steps = [*record]
+        return SimpleNamespace(replay=lambda: [step() for step in steps])
+
+    monkeypatch.setattr(bench_clock, "captured", captured)
+    calls = Allocates()
+    dispatch, combine, _ = bench_clock.graphs(calls, lambda: (calls.dispatch(), calls.combine()))  # type: ignore[arg-type]
+    dispatch.replay()
+    combine.replay()
+
+    assert calls.prepared == taken == ["rows"]
 
 
 @pytest.mark.parametrize(
